@@ -1,0 +1,1 @@
+"""The one idea: Site, Decision, Trace, record, bind, masked, errors. Imports nothing of ours."""

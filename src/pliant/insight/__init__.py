@@ -1,0 +1,1 @@
+"""Reports and other ways to look at what a model decided."""
