@@ -1,0 +1,127 @@
+"""Site: a score meets a rule; the outcome is a Decision."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pliant.core import tape
+from pliant.core.decision import Decision
+from pliant.core.errors import PliantError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rule makes of scores: the value, and where the rule has them a soft stand-in and a log-probability."""
+
+    value: Tensor
+    soft: Tensor | None = None
+    log_prob: Tensor | None = None
+
+
+class Score(nn.Module, ABC):
+    """Turns features into scores; how much each row wants the computation that the site controls.
+
+    A scorer that needs what earlier sites of a chain saw overrides :meth:`step` and hands a state on, rows first.
+    Any other module that maps features to scores serves as well.
+    """
+
+    @abstractmethod
+    def forward(self, x: Any) -> Tensor:
+        """Scores of ``x``, rows first."""
+
+    def step(self, x: Any, carry: Any) -> tuple[Tensor, Any]:
+        """Scores of ``x`` given the state of the chain so far, and the state to hand on."""
+        return self(x), carry
+
+
+class Rule(nn.Module, ABC):
+    """Turns scores into a value. Spends where a score is above the threshold; a NaN score always spends.
+
+    A rule with ``reads_scores = False`` gets zeros of the decision's shape instead, and the scorer isn't run.
+    """
+
+    reads_scores: bool = True
+
+    @abstractmethod
+    def forward(self, scores: Tensor) -> Outcome:
+        """The outcome for ``scores``."""
+
+    def attach(self, path: str) -> None:
+        """Called by ``bind`` with the path of the site that this rule now serves."""
+
+
+class Site(nn.Module):
+    r"""A named place where a choice is made: :math:`d = \mathrm{rule}(\mathrm{scorer}(x))`.
+
+    The name of a site is its path in ``named_modules()``. A scorer whose scores the rule doesn't read isn't run.
+
+    Shape:
+        ``x``: whatever the scorer takes, rows first (:math:`R` rows); the value is :math:`(R, *\text{shape})`.
+
+    Args:
+        scorer: a :class:`Score`, or any module from features to scores.
+        rule: a :class:`Rule`.
+        shape: trailing shape of the decision, needed only by rules that read no scores.
+
+    Raises:
+        PliantError: where ``given`` or the scores have another number of rows than ``x``.
+
+    >>> import torch, pliant
+    >>> site = Site(pliant.scores.MaxProbability(), pliant.rules.Threshold(0.3))
+    >>> site(torch.tensor([[4.0, 0.0], [0.1, 0.0]])).value
+    tensor([0., 1.])
+
+    References:
+        Survey section 5.1 (confidence, policy networks, gating functions).
+    """
+
+    def __init__(self, scorer: nn.Module, rule: Rule, *, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.rule = rule
+        self.shape = shape
+
+    def forward(self, x: Any, *, given: Tensor | None = None, carry: Any = None) -> Decision:
+        """Decide for every row of ``x``; ``given`` values are taken as they are and nothing is scored."""
+        open_tape = tape.tape()
+        visit = 0 if open_tape is None else open_tape.visits(self)
+        scores: Tensor | None = None
+        if given is not None:
+            outcome = Outcome(given)
+        elif self.rule.reads_scores:
+            with tape.part(self, visit, "score"):
+                scores, carry = (
+                    self.scorer.step(x, carry) if isinstance(self.scorer, Score) else (self.scorer(x), carry)
+                )
+            outcome = self.rule(scores)
+        else:
+            first = _first(x)
+            outcome = self.rule(first.new_zeros((first.shape[0], *self.shape)))
+        _check_rows(outcome.value, x)
+        decision = Decision(
+            outcome.value, scores, outcome.soft, outcome.log_prob, tape.rows(), tape.reached(), carry, visit
+        )
+        tape.write_decision(self, decision)
+        return decision
+
+
+def _first(x: Any) -> Tensor:
+    for leaf in pytree.tree_leaves(x):
+        if isinstance(leaf, Tensor):
+            return leaf
+    raise PliantError(got="an input without tensors", expected="at least one", do="pass features to the site")
+
+
+def _check_rows(value: Tensor, x: Any) -> None:
+    rows = _first(x).shape[0]
+    if value.shape[0] != rows:
+        raise PliantError(
+            got=f"a decision for {value.shape[0]} rows",
+            expected=f"one for each of the {rows} rows in flight",
+            do="give values for exactly the rows that come here (a replayed trace must be of the same batch)",
+        )

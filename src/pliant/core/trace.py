@@ -1,0 +1,190 @@
+"""Trace and record: what one call decided and executed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pliant.core import tape
+from pliant.core.bind import clean
+from pliant.core.decision import Decision
+from pliant.core.errors import PliantError
+
+
+@dataclass(frozen=True)
+class Exit:
+    """The logits of one exit that ran, and which rows of the original batch they belong to (None: all in order)."""
+
+    logits: Tensor
+    rows: Tensor | None = None
+    reached: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Note:
+    """That a part ran: a choice of a site's visit, its rows, and the units of it that each row ran (None: one)."""
+
+    site: str
+    visit: int
+    choice: str
+    rows: Tensor | None = None
+    units: Tensor | None = None
+
+
+class Accounts:
+    """The prices of one call's parts; see ``pliant.cost``. Here only the interface, so that the core imports nothing."""
+
+    def flops(self, trace: Trace) -> Tensor:
+        """Executed FLOPs of each row."""
+        raise TypeError("abstract")
+
+    def dense_flops(self, trace: Trace) -> Tensor:
+        """FLOPs of each row with every site's costliest alternative."""
+        raise TypeError("abstract")
+
+
+Accountant = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Accounts]
+_accountant: list[Accountant] = []  # pliant.cost puts the one accountant here when it is imported
+
+
+def install(accountant: Accountant) -> None:
+    """Let ``accountant`` price the calls that are recorded from now on."""
+    _accountant[:] = [accountant]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one call decided (visits), answered (exits) and executed (notes), over a batch of ``batch`` rows."""
+
+    visits: Mapping[str, tuple[Decision, ...]]
+    exits: tuple[Exit, ...]
+    notes: tuple[Note, ...]
+    batch: int
+    accounts: Accounts | None = field(default=None, compare=False, repr=False)
+
+    def __getitem__(self, site: str) -> tuple[Decision, ...]:
+        """All visits of ``site``, in order."""
+        if site not in self.visits:
+            raise PliantError(
+                got=f"no visit of {site!r}",
+                expected="one of " + (", ".join(map(repr, self.visits)) or "(nothing was decided)"),
+                do="see list(trace) for the sites that were reached",
+                site=site,
+            )
+        return self.visits[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.visits)
+
+    def __len__(self) -> int:
+        return len(self.visits)
+
+    def __contains__(self, site: object) -> bool:
+        return site in self.visits
+
+    def dense(self, site: str) -> Tensor:
+        """The value of the last visit of ``site`` over the whole batch, 0 where a row never reached it."""
+        return self[site][-1].dense(self.batch)
+
+    @property
+    def flops(self) -> Tensor:
+        """Executed FLOPs of each row, (rows,) int64; their sum is what FlopCounterMode counts around the same call."""
+        return self._priced().flops(self)
+
+    @property
+    def dense_flops(self) -> Tensor:
+        """FLOPs of each row with every site's costliest alternative, (rows,) int64."""
+        return self._priced().dense_flops(self)
+
+    def _priced(self) -> Accounts:
+        if self.accounts is None:
+            raise PliantError(
+                got="a trace without prices",
+                expected="a trace made by record(model)(x) in eager mode",
+                do="price it with pliant.cost.accounts(model, args) and Trace(..., accounts=...)",
+            )
+        return self.accounts
+
+
+def _flatten(t: Trace) -> tuple[list[Any], list[Any]]:
+    leaves = [dict(t.visits), [(e.logits, e.rows, e.reached) for e in t.exits], [(n.rows, n.units) for n in t.notes]]
+    return leaves, [t.batch if isinstance(t.batch, int) else -1, [[n.site, n.visit, n.choice] for n in t.notes]]  # pyright: ignore[reportUnnecessaryIsInstance]
+
+
+def _unflatten(leaves: Any, context: Any) -> Trace:
+    visits, exits, notes = leaves
+    batch, names = context
+    return Trace(
+        visits, tuple(Exit(*e) for e in exits), tuple(Note(*n, *r) for n, r in zip(names, notes, strict=True)), batch
+    )
+
+
+pytree.register_pytree_node(
+    Trace, _flatten, _unflatten, serialized_type_name="pliant.Trace",
+    to_dumpable_context=lambda c: c, from_dumpable_context=lambda c: c,
+)  # fmt: skip
+
+
+def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Rows of a call: the first dimension of its first tensor."""
+    for leaf in pytree.tree_leaves((args, dict(kwargs))):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return leaf.shape[0]
+    raise PliantError(got="a call without tensors", expected="an input with rows first", do="pass a batch")
+
+
+class Recorder(nn.Module):
+    """Wraps a model so that a call returns ``(y, trace)``; see :func:`record`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, Trace]:
+        """Call the model with a tape open."""
+        written = tape.Tape()
+        with tape.opened(written):
+            y = self.model(*args, **kwargs)
+        accounts = _accountant[0](self.model, args, kwargs) if _accountant else None
+        return y, _read(self.model, written, batch_of(args, kwargs), accounts)
+
+
+def _read(model: nn.Module, written: tape.Tape, batch: int, accounts: Accounts | None) -> Trace:
+    """Turn what was written into a trace: owners become paths, visits of a site come together."""
+    owners = [(site, None) for site, _ in written.decisions] + [(ran.owner, None) for ran in written.ran]
+    wanted = {id(owner) for owner, _ in owners}
+    paths = {id(module): clean(name) for name, module in model.named_modules() if id(module) in wanted}
+    visits: dict[str, tuple[Decision, ...]] = {}
+    for site, decision in written.decisions:
+        visits[paths[id(site)]] = (*visits.get(paths[id(site)], ()), decision)
+    exits = tuple(Exit(*e) for e in written.exits)
+    notes = tuple(Note(paths[id(r.owner)], r.visit, r.choice, r.rows, r.units) for r in written.ran)
+    return Trace(visits, exits, notes, batch, accounts)
+
+
+def record(model: nn.Module) -> Recorder:
+    r"""A wrapper whose call returns the prediction and what was decided: ``y, trace = record(model)(x)``.
+
+    Recording leaves ``y`` bit-identical. The tape is thread-local and closes when the call ends.
+
+    Args:
+        model: any module; its sites are found by their paths in ``named_modules()``.
+
+    Returns:
+        A module with the same inputs, returning ``(y, Trace)``.
+
+    Raises:
+        PliantError: where a site runs without gradients inside a recording that wants them (reentrant checkpointing).
+
+    >>> import pliant
+    >>> import torch
+    >>> model = pliant.create_model("msdnet", num_classes=4, exits=3, base=1, step=1, channels=4).eval()
+    >>> y, trace = record(model)(torch.zeros(2, 3, 32, 32))
+    >>> list(trace), y.shape
+    (['sites.0', 'sites.1'], torch.Size([2, 4]))
+    """
+    return Recorder(model)

@@ -1,0 +1,8 @@
+"""FLOPs per alternative counted on fake tensors, and what a trace cost by them."""
+
+from __future__ import annotations
+
+from pliant.cost.account import Bill, accounts, expected_flops
+from pliant.cost.count import Part, Prices, count, prices
+
+__all__ = ["Bill", "Part", "Prices", "accounts", "count", "expected_flops", "prices"]

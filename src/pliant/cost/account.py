@@ -1,0 +1,126 @@
+"""Account: a trace times the prices of its parts; executed, dense and expected cost."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant.core.decision import Decision
+from pliant.core.trace import Accounts, Trace, install
+from pliant.cost.count import Part, Prices, describe, prices
+
+
+class Bill(Accounts):
+    """The accounts of one call; the counting is done when first asked for."""
+
+    def __init__(self, make: Callable[[], Prices]) -> None:
+        self._make = make
+
+    @functools.cached_property
+    def prices(self) -> Prices:
+        """FLOPs per row of every part."""
+        return self._make()
+
+    def flops(self, trace: Trace) -> Tensor:
+        """Executed: each note's units times the price of its part."""
+        total = torch.full((trace.batch,), self.prices.root.own, dtype=torch.int64)
+        for note in trace.notes:
+            price = self.prices.part((note.site, note.visit, note.choice)).own
+            units = 1 if note.units is None else note.units.cpu()
+            if note.rows is None:
+                total += price * units
+            else:
+                rows = note.rows.cpu()
+                total.index_add_(0, rows, torch.zeros_like(rows) + price * units)
+        return total
+
+    def dense_flops(self, trace: Trace) -> Tensor:
+        """Every site at its costliest alternative."""
+        return torch.full((trace.batch,), _dense(self.prices, self.prices.root), dtype=torch.int64)
+
+
+def _alternatives(table: Prices, part: Part) -> list[tuple[tuple[str, int], dict[str, Part]]]:
+    """The sites decided inside ``part``, each with the parts of its choices."""
+    found: dict[tuple[str, int], dict[str, Part]] = {}
+    for key in part.inner:
+        found.setdefault(key[:2], {})[key[2]] = table.part(key)
+    return list(found.items())
+
+
+def _dense(table: Prices, part: Part) -> int:
+    total = part.own
+    for _, choices in _alternatives(table, part):
+        costs = {choice: _dense(table, inner) for choice, inner in choices.items()}
+        total += costs.pop("score", 0)
+        total += max(costs.values(), default=0)
+    return total
+
+
+def expected_flops(trace: Trace) -> Tensor:
+    r"""What each row would cost on average if its sites drew their values by their soft ones: differentiable.
+
+    .. math:: E(\text{part}) = c_\text{part} + \sum_{\text{sites inside}} v\, E(\text{on}) + (1 - v)\, E(\text{off})
+
+    Shape:
+        Returns :math:`(R,)`, floating point, FLOPs.
+
+    Args:
+        trace: from ``record(model)(x)``; a site without a soft value counts with its hard one.
+
+    Returns:
+        Expected FLOPs per row.
+
+    >>> import pliant
+    >>> model = pliant.create_model("msdnet", num_classes=4, exits=3, base=1, step=1, channels=4).eval()
+    >>> _, trace = pliant.record(pliant.bind(model, {"*": pliant.rules.Always()}))(torch.zeros(1, 3, 32, 32))
+    >>> bool(expected_flops(trace) == trace.flops)
+    True
+
+    References:
+        Survey section 5.2.1 (2); Verelst and Tuytelaars, CVPR 2020.
+    """
+    bill = trace._priced()
+    if not isinstance(bill, Bill):
+        raise TypeError("priced by another accountant")
+    table = bill.prices
+
+    def value(site: str, visit: int) -> Tensor | None:
+        found = [d for d in trace.visits.get(site, ()) if d.visit == visit]
+        return _whole(found[0], trace.batch) if found else None
+
+    def expected(part: Part) -> Tensor:
+        total = torch.full((trace.batch,), float(part.own))
+        for (site, visit), choices in _alternatives(table, part):
+            if "score" in choices:
+                total = total + expected(choices["score"])
+            v = value(site, visit)
+            if v is None:
+                continue
+            if "1" in choices:
+                total = total + v * expected(choices["1"])
+            if "0" in choices:
+                total = total + (1 - v) * expected(choices["0"])
+        return total
+
+    return expected(table.root)
+
+
+def _whole(decision: Decision, batch: int) -> Tensor:
+    """Soft value over the batch, whoever really came here: being reached is the outer sites' factor already."""
+    value = decision.value if decision.soft is None else decision.soft
+    if decision.rows is None:
+        return value
+    return value.new_zeros((batch, *value.shape[1:])).index_copy(0, decision.rows, value)
+
+
+def accounts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bill:
+    """The accounts of a call of ``model``; nothing is counted before it's asked for."""
+    call = describe(args, kwargs)
+    return Bill(lambda: prices(model, call))
+
+
+install(accounts)

@@ -1,0 +1,167 @@
+"""Count the FLOPs of every part of a model, once per input shape, with PyTorch's own counter on fake tensors."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from pliant.core import tape
+from pliant.core.bind import bind, clean, masked, share, sites
+from pliant.core.errors import PliantError
+from pliant.rules.fixed import Always
+from pliant.rules.threshold import Threshold
+
+Key = tuple[str, int, str]
+"""A part: path of its site, which visit of it, and the choice that runs it."""
+
+
+@dataclass
+class Part:
+    """What one part costs a row without the parts inside it, and the keys of those."""
+
+    own: int = 0
+    inner: list[Key] = field(default_factory=list)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+@dataclass(frozen=True)
+class Prices:
+    """FLOPs per row of every part of one model at one input shape; ``root`` is what no site controls."""
+
+    root: Part
+    parts: dict[Key, Part]
+
+    def part(self, key: Key) -> Part:
+        """The part ``key``; a later visit of a looped site costs what its first visit did."""
+        found = self.parts.get(key) or self.parts.get((key[0], 0, key[2]))
+        if found is None:
+            raise PliantError(
+                got=f"part {key[2]!r} of visit {key[1]}, which the dense pass never ran",
+                expected="every part to run when everything is computed",
+                do="make the executor's masked form run each alternative through tape.part",
+                site=key[0],
+            )
+        return found
+
+
+class _Meter:
+    """Attributes what the counter saw to the part that was running."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        self.counter = counter
+        self.root = Part()
+        self.stack = [self.root]
+        self.parts: dict[tuple[int, int, str], Part] = {}
+        self.inner: dict[Part, list[tuple[int, int, str]]] = {}
+        self.seen = 0
+
+    def settle(self) -> None:
+        """Give what was counted since the last time to the part that runs."""
+        total = sum(self.counter.flop_counts.get("Global", {}).values())
+        self.stack[-1].own += total - self.seen
+        self.seen = total
+
+    def enter(self, owner: nn.Module, visit: int, choice: str) -> None:
+        self.settle()
+        key = (id(owner), visit, choice)
+        self.inner.setdefault(self.stack[-1], []).append(key)
+        self.stack.append(self.parts.setdefault(key, Part()))
+
+    def leave(self) -> None:
+        self.settle()
+        self.stack.pop()
+
+
+@dataclass(frozen=True)
+class Like:
+    """A tensor's shape, dtype and device without its numbers: a trace must not hold on to the batch it is of."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The inputs of a call with each tensor replaced by what it's like."""
+    return pytree.tree_map(
+        lambda t: Like(tuple(t.shape), t.dtype, t.device) if isinstance(t, Tensor) else t, (args, dict(kwargs))
+    )
+
+
+def _rows(call: Call) -> int:
+    return next((t.shape[0] for t in pytree.tree_leaves(call) if isinstance(t, Like) and t.shape), 0)
+
+
+def count(model: nn.Module, call: Call) -> Prices:
+    """Run everything once on fake tensors and attribute each operation to the innermost part it belongs to.
+
+    Args:
+        model: any module with sites; it isn't touched, and no real number is computed.
+        call: the inputs to be priced, from :func:`describe`; at least one row.
+
+    Returns:
+        FLOPs per row (2 per multiply-add).
+
+    Raises:
+        PliantError: where a part's cost isn't a multiple of the number of rows.
+    """
+    rules = {
+        path: Threshold(float("-inf")) if site.rule.reads_scores else Always() for path, site in sites(model).items()
+    }
+    dense = masked(bind(model, rules) if rules else share(model))
+    batch = _rows(call)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        args, kwargs = pytree.tree_map(
+            lambda t: torch.zeros(t.shape, dtype=t.dtype, device=t.device) if isinstance(t, Like) else t, call
+        )
+        with FlopCounterMode(display=False) as counter:
+            meter = _Meter(counter)
+            with tape.opened(tape.Tape(meter)):
+                dense(*args, **kwargs)
+            meter.settle()
+    paths = {id(m): clean(name) for name, m in dense.named_modules()}
+    keys = {key: (paths[key[0]], key[1], key[2]) for key in meter.parts}
+    for part in (meter.root, *meter.parts.values()):
+        part.inner = [keys[key] for key in meter.inner.get(part, [])]
+        if part.own % batch:
+            raise PliantError(
+                got=f"a part of {part.own} FLOPs for {batch} rows",
+                expected="a cost that grows with the rows",
+                do="move what doesn't depend on the rows out of the model's forward",
+            )
+        part.own //= batch
+    return Prices(meter.root, {keys[key]: part for key, part in meter.parts.items()})
+
+
+_cache: weakref.WeakKeyDictionary[nn.Module, dict[Any, Prices]] = weakref.WeakKeyDictionary()
+
+
+def prices(model: nn.Module, call: Call) -> Prices:
+    """The prices of a call, counted once per model, input shape and set of rules that read scores."""
+    batch = _rows(call)
+    if batch == 0:  # an empty batch costs nothing, but its prices may be asked for all the same
+        call = pytree.tree_map(lambda t: Like((1, *t.shape[1:]), t.dtype, t.device) if _has_rows(t, 0) else t, call)
+    leaves, spec = pytree.tree_flatten(call)
+    shapes = tuple(repr((t.shape[1:], t.dtype, t.device) if _has_rows(t, max(batch, 1)) else t) for t in leaves)
+    reads = tuple(site.rule.reads_scores for site in sites(model).values())
+    key = (str(spec), shapes, reads, model.training)
+    table = _cache.setdefault(model, {})
+    if key not in table:
+        table[key] = count(model, call)
+    return table[key]
+
+
+def _has_rows(t: Any, rows: int) -> bool:
+    return isinstance(t, Like) and len(t.shape) > 0 and t.shape[0] == rows

@@ -1,0 +1,139 @@
+"""Exits: a staged chain whose finished rows leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant.core import tape
+from pliant.core.errors import PliantError
+from pliant.core.executor import Executor
+from pliant.core.site import Score, Site
+from pliant.execute import rows
+
+
+class Answer(nn.Module):
+    """Which answer a row takes away: that of the exit where it leaves. Wrap or replace for other choices."""
+
+    def step(self, logits: Tensor, memory: Any) -> tuple[Tensor, Tensor, Any]:
+        """From this exit's logits: the answer of a row that leaves here, that of one for whom it's the last exit, memory."""
+        return logits, logits, memory
+
+
+class MostConfident(Answer):
+    """A row that no exit was sure of takes the answer of the surest exit (Shallow-Deep Networks' fall-back).
+
+    Args:
+        score: a confidence score; the exit with the lowest wish to go on wins, the earlier one in a tie.
+
+    >>> import pliant
+    >>> answer = MostConfident(pliant.scores.MaxProbability())
+    >>> _, _, memory = answer.step(torch.tensor([[3.0, 0.0]]), None)
+    >>> answer.step(torch.tensor([[0.0, 1.0]]), memory)[1]
+    tensor([[3., 0.]])
+    """
+
+    def __init__(self, score: Score) -> None:
+        super().__init__()
+        self.score = score
+
+    def step(self, logits: Tensor, memory: Any) -> tuple[Tensor, Tensor, Any]:
+        """Keep the surest logits so far beside the way on."""
+        doubt = self.score(logits)
+        if memory is not None:
+            surer = doubt < memory[0]
+            doubt = torch.where(surer, doubt, memory[0])
+            best = torch.where(surer.unsqueeze(-1), logits, memory[1])
+        else:
+            best = logits
+        return logits, best, (doubt, best)
+
+
+class Exits(Executor):
+    r"""A chain of stages with an exit after each; a row goes on where its site's value is 1, else it leaves.
+
+    .. math:: y = v_1 (v_2 (\dots) + (1 - v_2) f_2) + (1 - v_1) f_1, \qquad f_k = \mathrm{head}_k(\mathrm{stage}_k(\dots))
+
+    Gathered, the rows that stay are compacted before the next stage, and every answer is put back in batch order.
+
+    Shape:
+        ``x``: :math:`(R, ...)`, or any tree of such tensors between stages; the answer is :math:`(R, C)`.
+        ``given``: :math:`(R, K - 1)`, a plan: the values of all sites.
+
+    Args:
+        stages: :math:`K` modules; what one returns the next takes.
+        heads: :math:`K` classifiers, each on what its stage returned.
+        sites: :math:`K - 1` sites that read their exit's logits; the last exit takes whoever is left.
+        answer: which answer a leaving row takes; default, its exit's.
+
+    Raises:
+        PliantError: where the three lists don't fit.
+
+    >>> import pliant
+    >>> def site():
+    ...     return pliant.Site(pliant.scores.MaxProbability(), pliant.rules.Threshold(0.5))
+    >>> net = Exits([nn.Identity(), nn.Identity()], [nn.Identity(), nn.Softmax(-1)], [site()]).eval()
+    >>> net(torch.tensor([[4.0, 0.0], [0.0, 0.0]]))
+    tensor([[4.0000, 0.0000],
+            [0.5000, 0.5000]])
+
+    References:
+        Survey section 2.1.1 (1); Huang et al., Multi-Scale Dense Networks, ICLR 2018; Kaya et al., ICML 2019.
+    """
+
+    def __init__(
+        self, stages: Sequence[nn.Module], heads: Sequence[nn.Module], sites: Sequence[Site], *,
+        answer: Answer | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if len(stages) == 0 or len(heads) != len(stages) or len(sites) != len(stages) - 1:
+            raise PliantError(
+                got=f"{len(stages)} stages, {len(heads)} heads and {len(sites)} sites",
+                expected="K stages (at least one), K heads and K - 1 sites",
+                do="give every stage a head, and every head but the last a site",
+            )
+        self.stages = nn.ModuleList(stages)
+        self.heads = nn.ModuleList(heads)
+        self.sites = nn.ModuleList(sites)
+        self.answer = Answer() if answer is None else answer
+
+    def plain(self, x: Any) -> Tensor:
+        """The chain with its last head only."""
+        for stage in self.stages:
+            x = stage(x)
+        return self.heads[-1](x)
+
+    def masked(self, x: Any, given: Tensor | None = None) -> Tensor:
+        """Every stage and every exit for every row, mixed by the values."""
+        return self._rest(0, x, given, None, None, self._go_on_masked)
+
+    def gathered(self, x: Any, given: Tensor | None = None) -> Tensor:
+        """Only what the rows still there need."""
+        return self._rest(0, x, given, None, None, self._go_on_gathered)
+
+    def _rest(self, k: int, x: Any, given: Tensor | None, carry: Any, memory: Any, go_on: Any) -> Tensor:
+        """Stage ``k``, its exit, and for the rows that go on the rest: naturally recursive, so it nests and exports."""
+        x = self.stages[k](x)
+        logits = self.heads[k](x)
+        tape.write_exit(self, logits)
+        early, last, memory = self.answer.step(logits, memory)
+        if k == len(self.sites):
+            return last
+        decision = self.sites[k](logits, given=None if given is None else given[:, k], carry=carry)
+        return go_on(k, decision, early, (x, given, decision.carry, memory))
+
+    def _go_on_masked(self, k: int, decision: Any, early: Tensor, state: tuple[Any, ...]) -> Tensor:
+        def rest(*state: Any) -> Tensor:
+            return self._rest(k + 1, *state, self._go_on_masked)
+
+        later = rows.run_masked(self.sites[k], decision, 1, rest, *state)  # pyright: ignore[reportArgumentType]
+        return rows.mix(decision, later, early)
+
+    def _go_on_gathered(self, k: int, decision: Any, early: Tensor, state: tuple[Any, ...]) -> Tensor:
+        def rest(*state: Any) -> Tensor:
+            return self._rest(k + 1, *state, self._go_on_gathered)
+
+        return rows.run_some(self.sites[k], decision, rest, state, rows.replaced, lambda: early)  # pyright: ignore[reportArgumentType]

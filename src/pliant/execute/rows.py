@@ -1,0 +1,150 @@
+"""Rows: select them, put them back, and run a part on some of them. The only place that renumbers rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pliant.core import tape
+from pliant.core.decision import Decision
+from pliant.core.site import Site
+
+Rows = Any
+"""A tree of tensors whose first dimension is rows (None leaves allowed)."""
+
+
+def select(state: Rows, index: Tensor) -> Rows:
+    """The rows ``index`` of every tensor in ``state``.
+
+    >>> select([torch.arange(3), None], torch.tensor([2, 0]))
+    [tensor([2, 0]), None]
+    """
+    return pytree.tree_map(lambda t: t.index_select(0, index) if isinstance(t, Tensor) else t, state)
+
+
+def scatter(into: Rows, index: Tensor, part: Rows) -> Rows:
+    """``into`` with its rows ``index`` replaced by those of ``part``; neither is changed.
+
+    >>> scatter(torch.zeros(3), torch.tensor([1]), torch.ones(1))
+    tensor([0., 1., 0.])
+    """
+    return pytree.tree_map(lambda a, b: a.index_copy(0, index, b) if isinstance(a, Tensor) else a, into, part)
+
+
+def weighted(decision: Decision) -> bool:
+    """Whether the value is a weight to multiply by (a soft rule, or a gradient wants it), not a plain choice."""
+    return decision.soft is decision.value or decision.value.requires_grad
+
+
+def weigh(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` with as many trailing dimensions of one as ``like`` needs to multiply it row by row."""
+    return value.reshape(value.shape[0], *[1] * (like.ndim - 1))
+
+
+def mix(decision: Decision, on: Rows, off: Rows) -> Rows:
+    r"""Per row :math:`v \cdot \text{on} + (1 - v) \cdot \text{off}`; a plain choice where the value isn't a weight.
+
+    >>> mix(Decision(torch.tensor([1.0, 0.0])), torch.ones(2, 1), torch.zeros(2, 1)).flatten()
+    tensor([1., 0.])
+    """
+    value, blend = decision.value, weighted(decision)
+
+    def one(a: Any, b: Any) -> Any:
+        if not isinstance(a, Tensor):
+            return a
+        v = weigh(value, a)
+        return v * a + (1 - v) * b if blend else torch.where(v > 0, a, b)
+
+    return pytree.tree_map(one, on, off)
+
+
+def run_masked(site: Site, decision: Decision, choice: int, run: Callable[..., Rows], *args: Rows) -> Rows:
+    """Run alternative ``choice`` on every row in flight, noting whose alternative it really is."""
+    on = decision.value > 0
+    with tape.part(site, decision.visit, str(choice), reached=on if choice else ~on):
+        return run(*args)
+
+
+def run_some(
+    site: Site, decision: Decision, run: Callable[..., Rows], state: tuple[Rows, ...], put: Callable[..., Rows],
+    into: Callable[[], Rows],
+) -> Rows:  # fmt: skip
+    """Run alternative 1 on the rows that chose it and ``put(into(), index, result, decision)`` them back.
+
+    All rows: nothing is renumbered and the result is ``put(into(), None, result, decision)``. None: the result is ``into()``.
+    """
+    if torch.compiler.is_exporting():
+        return _run_exported(decision, run, state, put, into)
+    index = decision.value.detach().nonzero().squeeze(1)
+    if index.shape[0] == 0:
+        return into()
+    if index.shape[0] == decision.value.shape[0]:
+        with tape.part(site, decision.visit, "1"):
+            return put(into(), None, run(*state), decision)
+    with tape.part(site, decision.visit, "1", index=index):
+        part = run(*select(state, index))
+    return put(into(), index, part, decision)
+
+
+def _run_exported(
+    decision: Decision, run: Callable[..., Rows], state: tuple[Rows, ...], put: Callable[..., Rows],
+    into: Callable[[], Rows],
+) -> Rows:  # fmt: skip
+    """The same without a Python branch. One dummy row keeps the gathered set from being empty, which convolutions refuse."""
+    rows = decision.value.shape[0]
+    index = decision.value.nonzero().squeeze(1)
+    chosen = index.shape[0]
+    torch._check(chosen <= rows)
+    torch._check(chosen < 2**31)
+    with_dummy = torch.cat([index, index.new_zeros(1)])
+    part = run(*select(state, with_dummy))
+    return put(
+        into(), index, pytree.tree_map(lambda t: t.narrow(0, 0, chosen) if isinstance(t, Tensor) else t, part), decision
+    )
+
+
+def run_either(site: Site, decision: Decision, runs: tuple[Callable[..., Rows], Callable[..., Rows]], x: Rows) -> Rows:
+    """Run alternative 0 or 1 on the rows that chose it; the results come back in the order of the batch."""
+    if torch.compiler.is_exporting():
+        other = replace(decision, value=1 - decision.value)
+        off = _run_exported(other, runs[0], (x,), _first_only, lambda: None)
+        on = _run_exported(decision, runs[1], (x,), _first_only, lambda: None)
+        order = torch.cat([other.value.nonzero().squeeze(1), decision.value.nonzero().squeeze(1)])
+        return pytree.tree_map(lambda a, b: torch.cat([a, b]).index_select(0, order.argsort()), off, on)
+    value = decision.value.detach()
+    indexes = ((value == 0).nonzero().squeeze(1), value.nonzero().squeeze(1))
+    for choice, index in enumerate(indexes):
+        if index.shape[0] == value.shape[0]:
+            with tape.part(site, decision.visit, str(choice)):
+                return runs[choice](x)
+    parts: list[Rows] = []
+    for choice, index in enumerate(indexes):
+        with tape.part(site, decision.visit, str(choice), index=index):
+            parts.append(runs[choice](select(x, index)))
+    order = torch.cat(indexes).argsort()
+    return pytree.tree_map(lambda a, b: torch.cat([a, b]).index_select(0, order), *parts)
+
+
+def _first_only(_into: None, _index: Tensor, part: Rows, _decision: Decision) -> Rows:
+    return part
+
+
+def replaced(into: Rows, index: Tensor | None, part: Rows, decision: Decision) -> Rows:
+    """``put`` for a part that replaces what was there."""
+    if weighted(decision):
+        here = decision if index is None else replace(decision, value=decision.value[index], soft=None)
+        here = replace(here, soft=here.value)
+        part = mix(here, part, into if index is None else select(into, index))
+    return part if index is None else scatter(into, index, part)
+
+
+def added(into: Tensor, index: Tensor | None, part: Tensor, decision: Decision) -> Tensor:
+    """``put`` for a part that is added to what was there."""
+    if weighted(decision):
+        part = part * weigh(decision.value if index is None else decision.value[index], part)
+    return into + part if index is None else into.index_add(0, index, part)

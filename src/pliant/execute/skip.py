@@ -1,0 +1,103 @@
+"""Skip: run or bypass a block per row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant.core.executor import Executor
+from pliant.core.site import Site
+from pliant.execute import rows
+
+
+class Skip(Executor):
+    r"""Run a block for the rows that want it and something else for the others.
+
+    .. math:: y = v \cdot \mathrm{block}(x) + (1 - v) \cdot \mathrm{otherwise}(x)
+
+    Shape:
+        ``x``: :math:`(R, ...)`; block and ``otherwise`` return the same shape; ``given``: :math:`(R,)`.
+
+    Args:
+        block: what value 1 runs.
+        site: decides from ``x``.
+        otherwise: what value 0 runs; default, ``x`` itself passes.
+
+    >>> import pliant
+    >>> skip = Skip(nn.Linear(2, 2), pliant.Site(nn.Flatten(0), pliant.rules.Never())).eval()
+    >>> skip(torch.ones(3, 2)).sum()
+    tensor(6.)
+
+    References:
+        Survey section 2.1.1 (2); Wang et al., SkipNet, ECCV 2018.
+    """
+
+    def __init__(self, block: nn.Module, site: Site, *, otherwise: nn.Module | None = None) -> None:
+        super().__init__()
+        self.block = block
+        self.site = site
+        self.otherwise = otherwise
+
+    def plain(self, x: Any) -> Any:
+        """The block alone."""
+        return self.block(x)
+
+    def masked(self, x: Any, given: Tensor | None = None) -> Any:
+        """Both alternatives for every row, mixed by the value."""
+        decision = self.site(x, given=given)
+        on = rows.run_masked(self.site, decision, 1, self.block, x)
+        off = x if self.otherwise is None else rows.run_masked(self.site, decision, 0, self.otherwise, x)
+        return rows.mix(decision, on, off)
+
+    def gathered(self, x: Any, given: Tensor | None = None) -> Any:
+        """Each alternative for its own rows."""
+        decision = self.site(x, given=given)
+        if self.otherwise is None:
+            return rows.run_some(self.site, decision, self.block, (x,), rows.replaced, lambda: x)
+        return rows.run_either(self.site, decision, (self.otherwise, self.block), x)
+
+
+class Residual(Executor):
+    r"""Add a branch to its shortcut for the rows that want it.
+
+    .. math:: y = \mathrm{shortcut}(x) + v \cdot \mathrm{branch}(x)
+
+    Shape:
+        ``x``: :math:`(R, ...)`; branch and shortcut return the same shape; ``given``: :math:`(R,)`.
+
+    Args:
+        branch: the residual branch, what value 1 runs.
+        site: decides from ``x``.
+        shortcut: always runs; default, the identity.
+
+    >>> import pliant
+    >>> block = Residual(nn.Identity(), pliant.Site(nn.Flatten(0), pliant.rules.Always())).eval()
+    >>> block(torch.ones(2, 2)).sum()
+    tensor(8.)
+
+    References:
+        Survey section 2.1.1 (2); Veit and Belongie, ConvNet-AIG, ECCV 2018.
+    """
+
+    def __init__(self, branch: nn.Module, site: Site, *, shortcut: nn.Module | None = None) -> None:
+        super().__init__()
+        self.branch = branch
+        self.site = site
+        self.shortcut = nn.Identity() if shortcut is None else shortcut
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Shortcut and branch, always."""
+        return self.shortcut(x) + self.branch(x)
+
+    def masked(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+        """The branch for every row, weighted by the value."""
+        decision = self.site(x, given=given)
+        branch = rows.run_masked(self.site, decision, 1, self.branch, x)
+        return self.shortcut(x) + rows.mix(decision, branch, torch.zeros_like(branch))
+
+    def gathered(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+        """The branch for the rows that chose it."""
+        decision = self.site(x, given=given)
+        return rows.run_some(self.site, decision, self.branch, (x,), rows.added, lambda: self.shortcut(x))

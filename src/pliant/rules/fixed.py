@@ -1,0 +1,134 @@
+"""Fixed rules: force, replay, ablate. They read no scores, so no scorer runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pliant.core import tape
+from pliant.core.errors import PliantError
+from pliant.core.site import Outcome, Rule
+from pliant.core.trace import Trace
+
+
+class Always(Rule):
+    """Spend everywhere: the dense network.
+
+    >>> Always()(torch.zeros(2)).value
+    tensor([1., 1.])
+    """
+
+    reads_scores = False
+
+    def forward(self, scores: Tensor) -> Outcome:
+        """Ones."""
+        return Outcome(torch.ones_like(scores))
+
+
+class Never(Rule):
+    """Save everywhere: the cheapest path.
+
+    >>> Never()(torch.zeros(2)).value
+    tensor([0., 0.])
+    """
+
+    reads_scores = False
+
+    def forward(self, scores: Tensor) -> Outcome:
+        """Zeros."""
+        return Outcome(torch.zeros_like(scores))
+
+
+class Random(Rule):
+    """Spend with probability ``p``, whatever the input: the control that a learned decision has to beat.
+
+    Args:
+        p: probability in [0, 1].
+        generator: source of randomness, for repeatable draws; it is shared by all sites the rule is bound to.
+
+    Raises:
+        PliantError: where ``p`` is outside [0, 1].
+
+    >>> Random(0.5, torch.Generator().manual_seed(0))(torch.zeros(4)).value
+    tensor([1., 0., 1., 1.])
+    """
+
+    reads_scores = False
+
+    def __init__(self, p: float, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        if not 0 <= p <= 1:
+            raise PliantError(got=f"p = {p}", expected="a probability in [0, 1]", do="pass the share that shall spend")
+        self.p = p
+        self.generator = generator
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Random:
+        return Random(
+            self.p, self.generator
+        )  # generators can't be copied, and one stream is what makes draws repeatable
+
+    def forward(self, scores: Tensor) -> Outcome:
+        """Draws."""
+        draw = torch.rand(scores.shape, generator=self.generator, device=scores.device)
+        value = (draw < self.p).to(scores.dtype)
+        return Outcome(value, soft=torch.full_like(scores, self.p))
+
+
+class Given(Rule):
+    """Replay a trace: every site decides as it did there, and saves where a row never reached it.
+
+    Args:
+        trace: of the same batch. A site visited several times in one call needs ``given=`` instead.
+
+    Raises:
+        PliantError: when bound to a site that the trace visited more than once, or called with another batch.
+
+    >>> import pliant
+    >>> model = pliant.create_model("msdnet", num_classes=4, exits=3, base=1, step=1, channels=4).eval()
+    >>> x = torch.randn(3, 3, 32, 32)
+    >>> y, trace = pliant.record(model)(x)
+    >>> torch.equal(pliant.bind(model, {"*": Given(trace)})(x), y)
+    True
+    """
+
+    reads_scores = False
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+        self.values: Tensor | None = None
+        self.path = ""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Given:
+        twin = Given(self.trace)
+        twin.values, twin.path = self.values, self.path
+        return twin
+
+    def attach(self, path: str) -> None:
+        """Take this site's values out of the trace; a site that nobody reached saves."""
+        self.path = path
+        if path not in self.trace:
+            return
+        if len(self.trace[path]) > 1:
+            raise PliantError(
+                got=f"a trace with {len(self.trace[path])} visits of one site",
+                expected="one visit per call",
+                do="pass the values step by step with given=",
+                site=path,
+            )
+        self.values = self.trace.dense(path).detach()
+
+    def forward(self, scores: Tensor) -> Outcome:
+        """The values of the rows in flight."""
+        if self.values is None:
+            return Outcome(torch.zeros_like(scores))
+        rows = tape.rows()
+        values = self.values if rows is None else self.values.index_select(0, rows)
+        if values.shape[0] != scores.shape[0]:
+            raise PliantError(
+                got=f"{scores.shape[0]} rows in flight",
+                expected=f"the {values.shape[0]} that the trace holds here",
+                do="replay a trace on the batch that it was recorded on",
+                site=self.path,
+            )
+        return Outcome(values.to(scores))

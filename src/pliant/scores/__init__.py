@@ -1,0 +1,8 @@
+"""What produces scores: confidences of a prediction, gates on features."""
+
+from __future__ import annotations
+
+from pliant.scores.confidence import Entropy, Margin, MaxProbability, Patience, Pooled
+from pliant.scores.gates import LinearGate, MLPGate
+
+__all__ = ["Entropy", "LinearGate", "MLPGate", "Margin", "MaxProbability", "Patience", "Pooled"]
