@@ -90,10 +90,10 @@ def expected_flops(trace: Trace) -> Tensor:
 
     def value(site: str, visit: int) -> Tensor | None:
         found = [d for d in trace.visits.get(site, ()) if d.visit == visit]
-        return _whole(found[0], trace.batch) if found else None
+        return _whole(found[0], trace.batch).double() if found else None
 
-    def expected(part: Part) -> Tensor:
-        total = torch.full((trace.batch,), float(part.own))
+    def expected(part: Part) -> Tensor | float:
+        total: Tensor | float = float(part.own)
         for (site, visit), choices in _alternatives(table, part):
             if "score" in choices:
                 total = total + expected(choices["score"])
@@ -106,7 +106,7 @@ def expected_flops(trace: Trace) -> Tensor:
                 total = total + (1 - v) * expected(choices["0"])
         return total
 
-    return expected(table.root)
+    return torch.as_tensor(expected(table.root), dtype=torch.float64).expand(trace.batch)
 
 
 def _whole(decision: Decision, batch: int) -> Tensor:

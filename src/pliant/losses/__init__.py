@@ -1,0 +1,41 @@
+"""Losses: functions of (prediction, trace, target, progress), collected in one place, each added exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from pliant.core.errors import PliantError
+from pliant.core.trace import Trace
+from pliant.losses.cost import FlopsBudget, TargetRate
+from pliant.losses.exits import CrossEntropy, MultiExit, ramped
+
+Term = Callable[[Tensor, Trace, Tensor, float], Tensor]
+
+__all__ = ["CrossEntropy", "FlopsBudget", "MultiExit", "TargetRate", "Term", "Total", "ramped"]
+
+
+class Total:
+    """Named terms with their weights; training minimises the sum and logs each by its name.
+
+    Args:
+        terms: from name to (weight, term).
+
+    Raises:
+        PliantError: where there are no terms.
+
+    >>> import torch
+    >>> total = Total({"task": (2.0, CrossEntropy())})
+    >>> total(torch.zeros(2, 4), None, torch.tensor([0, 1]), 0.0)
+    {'task': tensor(2.7726)}
+    """
+
+    def __init__(self, terms: Mapping[str, tuple[float, Term]]) -> None:
+        if not terms:
+            raise PliantError(got="no loss terms", expected="at least one", do='pass e.g. {"task": (1.0, CrossEntropy())}')
+        self.terms = dict(terms)
+
+    def __call__(self, y: Tensor, trace: Trace, target: Tensor, progress: float) -> dict[str, Tensor]:
+        """Every term, weighted, by name."""
+        return {name: weight * term(y, trace, target, progress) for name, (weight, term) in self.terms.items()}
