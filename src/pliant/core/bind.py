@@ -98,7 +98,8 @@ def bind(model: nn.Module, rules: Mapping[str, Rule]) -> Any:
     for path, site in found.items():
         for pattern, rule in rules.items():
             if fnmatchcase(path, pattern):
-                site.rule = copy.deepcopy(rule)
+                # The rule takes the site's mode: a fresh estimator would sample inside a network in evaluation.
+                site.rule = copy.deepcopy(rule).train(site.training)
                 site.rule.attach(path)
                 break
     return bound

@@ -27,6 +27,7 @@ class Decision:
         carry: state per row that the scorer hands to the next site of a chain.
         visit: how many times this site was visited before in the same recorded call.
 
+    >>> import torch
     >>> d = Decision(value=torch.tensor([1.0, 0.0]), rows=torch.tensor([3, 5]))
     >>> d.dense(6)
     tensor([0., 0., 0., 1., 0., 0.])
@@ -54,18 +55,22 @@ class Decision:
             value = value * self.reached.to(value.dtype).reshape(-1, *[1] * (value.ndim - 1))
         if self.rows is None:
             return value
-        return value.new_zeros((batch, *value.shape[1:])).index_copy(0, self.rows, value)
+        # Added, not copied: an exported set ends in a dummy row that repeats a real one and was never reached.
+        return value.new_zeros((batch, *value.shape[1:])).index_add(0, self.rows, value)
 
 
 _TENSORS = [f.name for f in fields(Decision) if f.name != "visit"]
 
 
-def _flatten(d: Decision) -> tuple[list[Any], int]:
-    return [getattr(d, name) for name in _TENSORS], d.visit
+def _flatten(d: Decision) -> tuple[list[Any], list[Any]]:
+    """Only what is there: transforms such as vmap take no None for an output."""
+    there = [name for name in _TENSORS if getattr(d, name) is not None]
+    return [getattr(d, name) for name in there], [d.visit, there]
 
 
-def _unflatten(values: Any, visit: Any) -> Decision:
-    return Decision(**dict(zip(_TENSORS, values, strict=True)), visit=visit)
+def _unflatten(values: Any, context: Any) -> Decision:
+    visit, there = context
+    return Decision(**dict(zip(there, values, strict=True)), visit=visit)
 
 
 pytree.register_pytree_node(

@@ -110,8 +110,14 @@ class Trace:
         return self.accounts
 
 
+def _there(tensors: list[Any]) -> dict[str, Any]:
+    """The tensors that are there, by their place: transforms such as vmap take no None for an output."""
+    return {str(i): t for i, t in enumerate(tensors) if t is not None}
+
+
 def _flatten(t: Trace) -> tuple[list[Any], list[Any]]:
-    leaves = [dict(t.visits), [(e.logits, e.rows, e.reached) for e in t.exits], [(n.rows, n.units) for n in t.notes]]
+    exits = [_there([e.logits, e.rows, e.reached]) for e in t.exits]
+    leaves = [dict(t.visits), exits, [_there([n.rows, n.units]) for n in t.notes]]
     return leaves, [t.batch if isinstance(t.batch, int) else -1, [[n.site, n.visit, n.choice] for n in t.notes]]  # pyright: ignore[reportUnnecessaryIsInstance]
 
 
@@ -119,7 +125,10 @@ def _unflatten(leaves: Any, context: Any) -> Trace:
     visits, exits, notes = leaves
     batch, names = context
     return Trace(
-        visits, tuple(Exit(*e) for e in exits), tuple(Note(*n, *r) for n, r in zip(names, notes, strict=True)), batch
+        visits,
+        tuple(Exit(e["0"], e.get("1"), e.get("2")) for e in exits),
+        tuple(Note(*n, r.get("0"), r.get("1")) for n, r in zip(names, notes, strict=True)),
+        batch,
     )
 
 

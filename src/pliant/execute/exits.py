@@ -74,7 +74,7 @@ class Exits(Executor):
 
     >>> import pliant
     >>> def site():
-    ...     return pliant.Site(pliant.scores.MaxProbability(), pliant.rules.Threshold(0.5))
+    ...     return pliant.Site(pliant.scores.MaxProbability(), pliant.rules.Threshold(0.4))
     >>> net = Exits([nn.Identity(), nn.Identity()], [nn.Identity(), nn.Softmax(-1)], [site()]).eval()
     >>> net(torch.tensor([[4.0, 0.0], [0.0, 0.0]]))
     tensor([[4.0000, 0.0000],

@@ -79,7 +79,7 @@ def run_some(
     All rows: nothing is renumbered and the result is ``put(into(), None, result, decision)``. None: the result is ``into()``.
     """
     if torch.compiler.is_exporting():
-        return _run_exported(decision, run, state, put, into)
+        return _run_exported(site, decision, 1, run, state, put, into)
     index = decision.value.detach().nonzero().squeeze(1)
     if index.shape[0] == 0:
         return into()
@@ -92,28 +92,36 @@ def run_some(
 
 
 def _run_exported(
-    decision: Decision, run: Callable[..., Rows], state: tuple[Rows, ...], put: Callable[..., Rows],
-    into: Callable[[], Rows],
+    site: Site, decision: Decision, choice: int, run: Callable[..., Rows], state: tuple[Rows, ...],
+    put: Callable[..., Rows], into: Callable[[], Rows],
 ) -> Rows:  # fmt: skip
-    """The same without a Python branch. One dummy row keeps the gathered set from being empty, which convolutions refuse."""
+    """The same without a Python branch. One dummy row, never reached, keeps the gathered set from being empty."""
     rows = decision.value.shape[0]
     index = decision.value.nonzero().squeeze(1)
     chosen = index.shape[0]
     torch._check(chosen <= rows)
     torch._check(chosen < 2**31)
     with_dummy = torch.cat([index, index.new_zeros(1)])
-    part = run(*select(state, with_dummy))
+    real = torch.cat([torch.ones_like(index, dtype=torch.bool), index.new_zeros(1, dtype=torch.bool)])
+    with tape.part(site, decision.visit, str(choice), index=with_dummy, reached=real):
+        part = run(*select(state, with_dummy))
     return put(
         into(), index, pytree.tree_map(lambda t: t.narrow(0, 0, chosen) if isinstance(t, Tensor) else t, part), decision
     )
 
 
 def run_either(site: Site, decision: Decision, runs: tuple[Callable[..., Rows], Callable[..., Rows]], x: Rows) -> Rows:
-    """Run alternative 0 or 1 on the rows that chose it; the results come back in the order of the batch."""
+    """Run alternative 0 or 1 on the rows that chose it; the results come back in the order of the batch.
+
+    A soft value is a weight on both alternatives, so every row runs both.
+    """
+    if decision.soft is decision.value:
+        off, on = (run_masked(site, decision, choice, run, x) for choice, run in enumerate(runs))
+        return mix(decision, on, off)
     if torch.compiler.is_exporting():
         other = replace(decision, value=1 - decision.value)
-        off = _run_exported(other, runs[0], (x,), _first_only, lambda: None)
-        on = _run_exported(decision, runs[1], (x,), _first_only, lambda: None)
+        off = _run_exported(site, other, 0, runs[0], (x,), _first_only, lambda: None)
+        on = _run_exported(site, decision, 1, runs[1], (x,), _first_only, lambda: None)
         order = torch.cat([other.value.nonzero().squeeze(1), decision.value.nonzero().squeeze(1)])
         return pytree.tree_map(lambda a, b: torch.cat([a, b]).index_select(0, order.argsort()), off, on)
     value = decision.value.detach()

@@ -97,11 +97,12 @@ class Given(Rule):
         super().__init__()
         self.trace = trace
         self.values: Tensor | None = None
+        self.weights = False
         self.path = ""
 
     def __deepcopy__(self, memo: dict[int, object]) -> Given:
         twin = Given(self.trace)
-        twin.values, twin.path = self.values, self.path
+        twin.values, twin.weights, twin.path = self.values, self.weights, self.path
         return twin
 
     def attach(self, path: str) -> None:
@@ -116,7 +117,9 @@ class Given(Rule):
                 do="pass the values step by step with given=",
                 site=path,
             )
+        decision = self.trace[path][0]
         self.values = self.trace.dense(path).detach()
+        self.weights = decision.soft is decision.value  # a soft rule's values are weights, and replay as such
 
     def forward(self, scores: Tensor) -> Outcome:
         """The values of the rows in flight."""
@@ -131,4 +134,5 @@ class Given(Rule):
                 do="replay a trace on the batch that it was recorded on",
                 site=self.path,
             )
-        return Outcome(values.to(scores))
+        values = values.to(scores)
+        return Outcome(values, soft=values if self.weights else None)

@@ -34,13 +34,14 @@ class _Confidence(Score):
 class MaxProbability(_Confidence):
     r"""One minus the largest softmax probability, :math:`1 - \max_c \mathrm{softmax}(z / T)_c`.
 
-    Computed as :math:`-\mathrm{expm1}(\max \log p)`, so that confidences near 1 don't tie at it.
+    Computed as :math:`r / (1 + r)` with :math:`r = \sum_{c \ne \hat c} e^{z_c - z_{\hat c}}`, so that confidences near 1
+    don't tie at it.
 
     Shape:
         logits :math:`(R, C)`; scores :math:`(R,)` in :math:`[0, 1 - 1/C]`.
 
     >>> MaxProbability()(torch.tensor([[0.0, 0.0], [9.0, 0.0]]))
-    tensor([5.0000e-01, 1.2340e-04])
+    tensor([5.0000e-01, 1.2339e-04])
 
     References:
         Survey section 5.1.1; Huang et al., Multi-Scale Dense Networks, ICLR 2018.
