@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pliant.core.errors import PliantError
 from pliant.data import registry
@@ -130,7 +131,7 @@ def _get(item: Download, place: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(prefix=f".{place.name}.", suffix=".part", dir=place.parent)
         os.close(handle)
-        pooch.HTTPDownloader(timeout=60)(item.url, part, None)
+        _download(item.url, part)
         found = pooch.file_hash(part, alg="sha256")
         if found != item.sha256:
             raise PliantError(
@@ -154,6 +155,17 @@ def _get(item: Download, place: Path) -> None:
     finally:
         if part is not None:
             Path(part).unlink(missing_ok=True)
+
+
+def _download(url: str, part: str) -> None:
+    """Stream the address into the file; after a failure pooch leaves its connection open, so it is closed here."""
+    answers: list[Any] = []
+    keep = {"response": lambda answer, *_, **__: answers.append(answer)}
+    try:
+        require("pooch").HTTPDownloader(timeout=60, chunk_size=1 << 20, hooks=keep)(url, part, None)
+    finally:
+        for answer in answers:
+            answer.close()
 
 
 def _unpack(item: Download, archive: Path, place: Path) -> None:

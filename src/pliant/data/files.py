@@ -102,9 +102,9 @@ def read_npz(path: Path, *keys: str) -> dict[str, np.ndarray]:
     """The named arrays of an .npz file; no pickles, no NaN."""
     np = require("numpy")
     try:
-        with np.load(path, allow_pickle=False) as packed:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as packed:
             arrays = {key: packed[key] for key in keys}
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise PliantError(
             got=f"{path}, which cannot be read ({type(error).__name__}: {error})",
             expected=f"an .npz file with the arrays {', '.join(keys)}",
