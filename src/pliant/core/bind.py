@@ -35,9 +35,14 @@ def clean(path: str) -> str:
     return path.removeprefix("module.")
 
 
+def named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``named_modules()`` with the types that it really has."""
+    yield from model.named_modules()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
 def sites(model: nn.Module) -> dict[str, Site]:
     """Every site of ``model`` by its path, in the order of ``named_modules()``."""
-    return {clean(name): module for name, module in model.named_modules() if isinstance(module, Site)}
+    return {clean(name): module for name, module in named(model) if isinstance(module, Site)}
 
 
 def executors(model: nn.Module) -> Iterator[Executor]:
@@ -47,8 +52,8 @@ def executors(model: nn.Module) -> Iterator[Executor]:
 
 def _tensors(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
-        yield from module._parameters.values()
-        yield from module._buffers.values()
+        yield from module._parameters.values()  # pyright: ignore[reportPrivateUsage]
+        yield from module._buffers.values()  # pyright: ignore[reportPrivateUsage]
         yield from (v for v in vars(module).values() if isinstance(v, (torch.Tensor, torch.Generator)))
 
 

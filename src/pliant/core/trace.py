@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pliant.core import tape
-from pliant.core.bind import clean
+from pliant.core.bind import clean, named
 from pliant.core.decision import Decision
 from pliant.core.errors import PliantError
 
@@ -166,7 +166,7 @@ def _read(model: nn.Module, written: tape.Tape, batch: int, accounts: Accounts |
     """Turn what was written into a trace: owners become paths, visits of a site come together."""
     owners = [(site, None) for site, _ in written.decisions] + [(ran.owner, None) for ran in written.ran]
     wanted = {id(owner) for owner, _ in owners}
-    paths = {id(module): clean(name) for name, module in model.named_modules() if id(module) in wanted}
+    paths = {id(module): clean(name) for name, module in named(model) if id(module) in wanted}
     visits: dict[str, tuple[Decision, ...]] = {}
     for site, decision in written.decisions:
         visits[paths[id(site)]] = (*visits.get(paths[id(site)], ()), decision)

@@ -6,4 +6,15 @@ from pliant.cost.account import Bill, accounts, expected_flops
 from pliant.cost.count import Part, Prices, count, prices
 from pliant.cost.meter import Timing, interleaved, realised_share
 
-__all__ = ["Bill", "Part", "Prices", "accounts", "count", "expected_flops", "interleaved", "prices", "realised_share", "Timing"]
+__all__ = [
+    "Bill",
+    "Part",
+    "Prices",
+    "accounts",
+    "count",
+    "expected_flops",
+    "interleaved",
+    "prices",
+    "realised_share",
+    "Timing",
+]

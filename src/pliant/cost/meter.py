@@ -33,7 +33,9 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int = 7, on_threads: int = 1) -> dict[str, Timing]:
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int = 7, on_threads: int = 1
+) -> dict[str, Timing]:
     """Time several calls in turn, A B C A B C ..., so that a machine that drifts is unfair to none.
 
     Args:
@@ -52,7 +54,9 @@ def interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int = 7, o
     (['a', 'b'], 3)
     """
     if not calls or rounds < 1:
-        raise PliantError(got=f"{len(calls)} calls, {rounds} rounds", expected="at least one of each", do="pass calls to time")
+        raise PliantError(
+            got=f"{len(calls)} calls, {rounds} rounds", expected="at least one of each", do="pass calls to time"
+        )
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with threads(on_threads), torch.no_grad():
         for call in calls.values():

@@ -127,13 +127,15 @@ class Exits(Executor):
 
     def _go_on_masked(self, k: int, decision: Any, early: Tensor, state: tuple[Any, ...]) -> Tensor:
         def rest(*state: Any) -> Tensor:
-            return self._rest(k + 1, *state, self._go_on_masked)
+            x, given, carry, memory = state
+            return self._rest(k + 1, x, given, carry, memory, self._go_on_masked)
 
         later = rows.run_masked(self.sites[k], decision, 1, rest, *state)  # pyright: ignore[reportArgumentType]
         return rows.mix(decision, later, early)
 
     def _go_on_gathered(self, k: int, decision: Any, early: Tensor, state: tuple[Any, ...]) -> Tensor:
         def rest(*state: Any) -> Tensor:
-            return self._rest(k + 1, *state, self._go_on_gathered)
+            x, given, carry, memory = state
+            return self._rest(k + 1, x, given, carry, memory, self._go_on_gathered)
 
         return rows.run_some(self.sites[k], decision, rest, state, rows.replaced, lambda: early)  # pyright: ignore[reportArgumentType]

@@ -33,7 +33,9 @@ class Total:
 
     def __init__(self, terms: Mapping[str, tuple[float, Term]]) -> None:
         if not terms:
-            raise PliantError(got="no loss terms", expected="at least one", do='pass e.g. {"task": (1.0, CrossEntropy())}')
+            raise PliantError(
+                got="no loss terms", expected="at least one", do='pass e.g. {"task": (1.0, CrossEntropy())}'
+            )
         self.terms = dict(terms)
 
     def __call__(self, y: Tensor, trace: Trace, target: Tensor, progress: float) -> dict[str, Tensor]:

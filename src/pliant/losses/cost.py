@@ -37,7 +37,9 @@ class TargetRate:
         self.targets = dict(targets) if isinstance(targets, Mapping) else {"*": targets}
         for pattern, rate in self.targets.items():
             if not 0 <= rate <= 1:
-                raise PliantError(got=f"target rate {rate} for {pattern!r}", expected="within [0, 1]", do="pass a share")
+                raise PliantError(
+                    got=f"target rate {rate} for {pattern!r}", expected="within [0, 1]", do="pass a share"
+                )
 
     def __call__(self, y: Tensor, trace: Trace, target: Tensor, progress: float) -> Tensor:
         """The mean over sites, no unit."""
@@ -83,4 +85,4 @@ class FlopsBudget:
     def __call__(self, y: Tensor, trace: Trace, target: Tensor, progress: float) -> Tensor:
         """The squared miss, no unit."""
         dense = trace.dense_flops.to(torch.float64).mean().item()
-        return (expected_flops(trace).mean() / dense - self.share) ** 2
+        return ((expected_flops(trace).mean() / dense - self.share) ** 2).float()

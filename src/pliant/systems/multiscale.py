@@ -86,7 +86,9 @@ class Classifier(nn.Module):
 
     def __init__(self, channels: int, inner: int, num_classes: int) -> None:
         super().__init__()
-        self.features = nn.Sequential(conv_norm(channels, inner, 3, 2), conv_norm(inner, inner, 3, 2), nn.AdaptiveAvgPool2d(1))
+        self.features = nn.Sequential(
+            conv_norm(channels, inner, 3, 2), conv_norm(inner, inner, 3, 2), nn.AdaptiveAvgPool2d(1)
+        )
         self.linear = nn.Linear(inner, num_classes)
         nn.init.zeros_(self.linear.bias)
 

@@ -60,10 +60,14 @@ def tune(
         Survey section 5.1.1; Huang et al., ICLR 2018 (budgeted batch classification); Guo et al., ICML 2017.
     """
     if (budget is None) == (risk is None):
-        raise PliantError(got=f"budget={budget}, risk={risk}", expected="exactly one of them", do="pass budget= or risk=")
+        raise PliantError(
+            got=f"budget={budget}, risk={risk}", expected="exactly one of them", do="pass budget= or risk="
+        )
     if budget is not None and not 0 < budget <= 1:
         raise PliantError(
-            got=f"budget {budget}", expected="a share of dense FLOPs in (0, 1]", do="pass e.g. 0.5 for half of the compute"
+            got=f"budget {budget}",
+            expected="a share of dense FLOPs in (0, 1]",
+            do="pass e.g. 0.5 for half of the compute",
         )
     if risk is not None and not 0 <= risk <= 1:
         raise PliantError(got=f"risk {risk}", expected="an accuracy loss in [0, 1]", do="pass e.g. 0.01 for one point")
@@ -95,16 +99,22 @@ def _tune_chain(
     temperatures: dict[str, float] = {}
 
     def solve(held: HeldOut) -> Tensor:
-        return solver(held, budget * float(held.flops.max())) if budget is not None else cheapest(held, float(risk or 0.0))
+        return (
+            solver(held, budget * float(held.flops.max())) if budget is not None else cheapest(held, float(risk or 0.0))
+        )
 
     thresholds = solve(held)
     scorers = {path: sites(model)[path].scorer for path in held.sites}
-    if temperature is not None and all(hasattr(s, "temperature") for s in scorers.values()):
+    scaled = all(hasattr(s, "temperature") for s in scorers.values())
+    if scaled:
+        temperatures = {path: float(scorer.temperature) for path, scorer in scorers.items()}  # pyright: ignore[reportArgumentType]
+    if temperature is not None and scaled:
         # The rows that reach an exit depend on the thresholds and the thresholds on the temperatures: two turns settle it.
         for _ in range(2):
             exits = held.leaves(thresholds)
             temperatures = {
-                path: temperature(held.logits[k][exits >= k], held.labels[exits >= k]) for k, path in enumerate(held.sites)
+                path: temperature(held.logits[k][exits >= k], held.labels[exits >= k])
+                for k, path in enumerate(held.sites)
             }
             held = replace(held, scores=_rescored(held, scorers, temperatures))
             thresholds = solve(held)

@@ -23,7 +23,9 @@ def _score_samples(model: nn.Module, loader: Loader) -> dict[str, Tensor]:
     for x, _ in loader:
         _, trace = recorder(x.to(device_of(model)))
         for path in wanted & set(trace):
-            found.setdefault(path, []).extend(d.scores.float().cpu().flatten() for d in trace[path] if d.scores is not None)
+            found.setdefault(path, []).extend(
+                d.scores.float().cpu().flatten() for d in trace[path] if d.scores is not None
+            )
     return {path: torch.cat(parts) for path, parts in found.items()}
 
 

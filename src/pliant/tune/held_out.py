@@ -132,5 +132,3 @@ def all_on(model: nn.Module) -> nn.Module:
 
 def _open(reads: bool) -> Threshold | Always:
     return Threshold(float("-inf")) if reads else Always()
-
-

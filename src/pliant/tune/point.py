@@ -79,7 +79,7 @@ class OperatingPoint:
         for path, value in self.temperatures.items():
             with torch.no_grad():
                 found[path].scorer.temperature.fill_(value)  # pyright: ignore[reportCallIssue]
-        model.operating_point = self  # pyright: ignore[reportAttributeAccessIssue]
+        model.operating_point = self  # pyright: ignore[reportArgumentType]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

@@ -35,7 +35,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     if len(labels) < 2:
         return 1.0
     if not logits.isfinite().all():
-        raise PliantError(got="logits that aren't finite", expected="finite logits", do="look for NaN in data or weights")
+        raise PliantError(
+            got="logits that aren't finite", expected="finite logits", do="look for NaN in data or weights"
+        )
     z = logits.double()
     low, high, golden = -3.0, 3.0, (5**0.5 - 1) / 2
 

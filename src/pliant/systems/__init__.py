@@ -1,0 +1,1 @@
+"""The systems of the survey, by its own order; each a constructor that composes parts."""

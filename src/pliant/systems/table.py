@@ -1,0 +1,171 @@
+"""The catalogue: every system of the survey, what works here, and how to build it."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pliant.core.errors import PliantError
+
+BUILDERS: dict[str, str] = {
+    "msdnet": "pliant.systems.depth.msdnet:msdnet",
+    "branchynet": "pliant.systems.depth.branchynet:branchynet",
+    "sdn": "pliant.systems.depth.sdn:sdn",
+    "big_little_dnn": "pliant.systems.depth.big_little_dnn:big_little_dnn",
+    "convnet_aig": "pliant.systems.depth.convnet_aig:convnet_aig",
+}
+_HERE = Path(__file__).parent
+_CHECKOUT = _HERE.parents[2]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the catalogue: the facts of a system, and by them whether it works here.
+
+    Args:
+        id: its name in code.
+        name: its name in the field.
+        survey: section of the survey.
+        ref: the survey's number of the paper, if it has one.
+        paper: authors, title, place, year.
+        same_as: id of the row that this one describes again, or nothing.
+        part: the part of the survey that it stands in.
+    """
+
+    id: str
+    name: str
+    survey: str
+    ref: str
+    paper: str
+    same_as: str
+    part: str
+
+    @property
+    def status(self) -> str:
+        """``works`` or ``missing``."""
+        return "works" if (self.same_as or self.id) in BUILDERS else "missing"
+
+    @property
+    def evidence(self) -> str | None:
+        """Path of the results of its claims in a source checkout, if they have been run."""
+        path = f"evidence/results/{self.same_as or self.id}.json"
+        return path if (_CHECKOUT / path).is_file() else None
+
+
+@functools.cache
+def rows() -> tuple[Row, ...]:
+    """All rows in the survey's order.
+
+    >>> len(rows())
+    256
+    """
+    lines = (_HERE / "catalogue.tsv").read_text(encoding="utf-8").splitlines()
+    return tuple(Row(*line.split("\t")) for line in lines[1:])
+
+
+def row(id: str) -> Row:
+    """The row with this id.
+
+    Raises:
+        PliantError: where there is none; the message names the nearest ids.
+
+    >>> row("msdnet").ref
+    '12'
+    """
+    for found in rows():
+        if found.id == id:
+            return found
+    near = difflib.get_close_matches(id, [r.id for r in rows()], n=3)
+    raise PliantError(
+        got=f"id {id!r}",
+        expected="one of " + ", ".join(near) if near else "an id of the catalogue",
+        do="see 'pliant list'",
+    )
+
+
+def in_section(found: Row, section: str) -> bool:
+    """Whether a row stands in a section of the survey: "2.1" holds "2.1.1 (1c)" and not "2.10".
+
+    >>> in_section(row("msdnet"), "2.1"), in_section(row("msdnet"), "2.1.2")
+    (True, False)
+    """
+
+    def within(place: str) -> bool:
+        return place == section or place.startswith((section + ".", section + " "))
+
+    return any(within(place.strip()) for place in found.survey.split(";"))
+
+
+def list_models(pattern: str = "*", *, section: str | None = None) -> list[str]:
+    """Ids of the systems that work.
+
+    Args:
+        pattern: on ids, with ``*`` and ``?``.
+        section: only this section of the survey.
+
+    Returns:
+        Ids in the survey's order.
+
+    >>> list_models("msd*")
+    ['msdnet']
+    """
+    return [
+        r.id for r in rows()
+        if r.status == "works" and fnmatchcase(r.id, pattern) and (section is None or in_section(r, section))
+    ]  # fmt: skip
+
+
+def builder(id: str) -> Callable[..., nn.Module]:
+    """The constructor of a system.
+
+    Raises:
+        PliantError: where there is no such row, or it doesn't work yet.
+    """
+    found = row(id)
+    target = BUILDERS.get(found.same_as or id)
+    if target is None:
+        raise PliantError(
+            got=f"{id!r} ({found.name}), which is missing here", expected="a system that works: " + ", ".join(list_models()),
+            do="see 'pliant list --works'",
+        )  # fmt: skip
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def create_model(id: str, **kwargs: Any) -> nn.Module:
+    """Build a system by its id.
+
+    Args:
+        id: from :func:`list_models`.
+        kwargs: of its constructor; ``num_classes=`` and ``in_chans=`` everywhere.
+
+    Returns:
+        The model, with random weights, in training mode as any new module.
+
+    Raises:
+        PliantError: for an id or an argument that doesn't exist; the message names those that do.
+
+    >>> create_model("msdnet", num_classes=4, exits=3).pliant_config["id"]
+    'msdnet'
+    """
+    build = builder(id)
+    known = inspect.signature(build).parameters
+    unknown = [name for name in kwargs if name not in known]
+    if unknown:
+        raise PliantError(
+            got=f"argument {unknown[0]!r} for {id!r}",
+            expected="one of " + ", ".join(known),
+            do="see 'pliant info " + id + "'",
+        )
+    model = build(**kwargs)
+    model.pliant_config = {"id": id, "kwargs": dict(kwargs)}  # pyright: ignore[reportArgumentType]
+    return model
