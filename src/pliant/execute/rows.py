@@ -65,8 +65,9 @@ def mix(decision: Decision, on: Rows, off: Rows) -> Rows:
 
 def run_masked(site: Site, decision: Decision, choice: int, run: Callable[..., Rows], *args: Rows) -> Rows:
     """Run alternative ``choice`` on every row in flight, noting whose alternative it really is."""
-    on = decision.value > 0
-    with tape.part(site, decision.visit, str(choice), reached=on if choice else ~on):
+    # By negation, so that NaN comes to both; a weight strictly between 0 and 1 comes to both too.
+    reached = ~(decision.value <= 0) if choice else ~(decision.value >= 1)
+    with tape.part(site, decision.visit, str(choice), reached=reached):
         return run(*args)
 
 
