@@ -1,0 +1,139 @@
+"""Reproduce: run a system's claims on real data and write down what was measured, held or not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pliant.core.errors import PliantError
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim: what is said, what was measured, the bound, and whether it held.
+
+    Args:
+        claim: in a sentence.
+        measured: the figure, with its unit, as it shall be printed.
+        bound: what it had to be, as it shall be printed.
+        held: whether it was.
+        values: the raw figures by seed or setting.
+        note: what was tried where it failed, or where the bound is thought wrong and why.
+    """
+
+    claim: str
+    measured: str
+    bound: str
+    held: bool
+    values: Sequence[float] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What a file in evidence/ is given: where the data is, and whom to tell.
+
+    Args:
+        root: folder of the data sets; None means ``$PLIANT_DATA``.
+        progress: called with what is being done, how much of it is done, and how much there is.
+    """
+
+    root: Path | None
+    progress: Callable[[str, int, int], None]
+
+
+def versions() -> dict[str, str]:
+    """Versions that a figure depends on.
+
+    >>> sorted(versions())[:2]
+    ['machine', 'pliant']
+    """
+    found = {"machine": platform.machine(), "python": platform.python_version()}
+    for name in ("pliant", "torch", "torchvision", "timm", "transformers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit(folder: Path) -> str | None:
+    """The commit of the checkout that holds ``folder``, marked where files differ from it; None outside of one."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def _declared(id: str, folder: Path) -> ModuleType:
+    path = folder / f"{id}.py"
+    known = sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+    if not path.is_file():
+        raise PliantError(
+            got=f"no {path}", expected="one of " + (", ".join(known) or "(no evidence files there)"),
+            do="run in a source checkout, or name its evidence folder with --evidence",
+            site=None,
+        )  # fmt: skip
+    spec = importlib.util.spec_from_file_location(f"pliant_evidence_{id}", path)
+    assert spec is not None and spec.loader is not None  # a .py file always has both
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def reproduce(id: str, *, folder: Path, root: Path | None, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+    """Run the claims of ``folder/ID.py`` and write ``folder/results/ID.json``.
+
+    The file declares ``DATA`` (the name of the data and its limits), ``SEEDS``, and ``run(lab) -> list[Claim]``.
+
+    Args:
+        id: of the system.
+        folder: the evidence folder.
+        root: folder of the data sets.
+        progress: told what is being done.
+
+    Returns:
+        What was written.
+
+    Raises:
+        PliantError: where there is no such file.
+    """
+    module = _declared(id, folder)
+    at, start = commit(folder), time.perf_counter()
+    claims: list[Claim] = module.run(Lab(root, progress))
+    result = {
+        "id": id, "data": module.DATA, "claims": [asdict(c) for c in claims], "seeds": list(module.SEEDS),
+        "seconds": round(time.perf_counter() - start, 1), "versions": versions(), "commit": at,
+    }  # fmt: skip
+    write_json(folder / "results" / f"{id}.json", result)
+    return result
