@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from pliant.core import tape
-from pliant.core.bind import bind, clean, masked, share, sites
+from pliant.core.bind import bind, clean, executors, share, sites
 from pliant.core.errors import PliantError
 from pliant.rules.fixed import Always
 from pliant.rules.threshold import Threshold
@@ -120,7 +120,10 @@ def count(model: nn.Module, call: Call) -> Prices:
     rules = {
         path: Threshold(float("-inf")) if site.rule.reads_scores else Always() for path, site in sites(model).items()
     }
-    dense = masked(bind(model, rules) if rules else share(model))
+    dense = bind(model, rules) if rules else share(model)
+    for executor in executors(dense):
+        if executor.form != "plain":  # a plain executor runs its backbone and has no parts
+            executor.form = "masked"
     batch = _rows(call)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         args, kwargs = pytree.tree_map(
@@ -156,7 +159,8 @@ def prices(model: nn.Module, call: Call) -> Prices:
     leaves, spec = pytree.tree_flatten(call)
     shapes = tuple(repr((t.shape[1:], t.dtype, t.device) if _has_rows(t, max(batch, 1)) else t) for t in leaves)
     reads = tuple(site.rule.reads_scores for site in sites(model).values())
-    key = (str(spec), shapes, reads, model.training)
+    plain = tuple(executor.form == "plain" for executor in executors(model))
+    key = (str(spec), shapes, reads, plain, model.training)
     table = _cache.setdefault(model, {})
     if key not in table:
         table[key] = count(model, call)
