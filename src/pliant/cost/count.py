@@ -121,6 +121,13 @@ def count(model: nn.Module, call: Call) -> Prices:
         path: Threshold(float("-inf")) if site.rule.reads_scores else Always() for path, site in sites(model).items()
     }
     dense = bind(model, rules) if rules else share(model)
+    for module in dense.modules():
+        # Buffers of its own, lest batch norms count this call among their batches; parameters without gradients, since
+        # PyTorch's module tracker fails on a view of a parameter that a module returns under no_grad.
+        own = {name: b.clone() for name, b in module._buffers.items() if b is not None}
+        module._buffers.update(own)
+        frozen = {name: nn.Parameter(p.detach(), False) for name, p in module._parameters.items() if p is not None}
+        module._parameters.update(frozen)
     for executor in executors(dense):
         if executor.form != "plain":  # a plain executor runs its backbone and has no parts
             executor.form = "masked"

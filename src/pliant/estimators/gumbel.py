@@ -62,7 +62,8 @@ class Gumbel(Estimator):
         noisy = logit.to(wide) + noise[0] - noise[1]
         hard = (~(noisy <= 0)).to(wide)
         relaxed = torch.sigmoid(noisy / self.temperature)
-        value = (hard + (relaxed - relaxed.detach())).to(scores.dtype)
+        # A NaN score spends: its value stays 1.
+        value = (hard + (relaxed - relaxed.detach()).nan_to_num()).to(scores.dtype)
         signed = torch.where(hard > 0, logit, -logit)
         return Outcome(value, soft=torch.sigmoid(logit), log_prob=F.logsigmoid(signed))
 

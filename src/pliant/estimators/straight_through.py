@@ -30,4 +30,5 @@ class StraightThrough(Estimator):
         """Hard value, soft gradient."""
         soft = torch.sigmoid(scores - self.rule.threshold)
         hard = self.rule(scores).value
-        return Outcome(hard + (soft - soft.detach()) if self.training else hard, soft=soft)
+        # A NaN score spends: its value stays 1.
+        return Outcome(hard + (soft - soft.detach()).nan_to_num() if self.training else hard, soft=soft)
