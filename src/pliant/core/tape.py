@@ -104,14 +104,17 @@ class part:
         self.index, self.reached, self.units = index, reached, units
 
     def __enter__(self) -> None:
+        open_tape = _state.tape
+        # Who is reached matters only to a tape; without one and without an index nothing is written, so that a masked
+        # executor can be traced inside torch.cond, which allows no side effect.
         self.before = (_state.rows, _state.reached)
+        self.moved = self.index is not None or (self.reached is not None and open_tape is not None)
         if self.index is not None:
             _state.rows = self.index if _state.rows is None else _state.rows.index_select(0, self.index)
             if _state.reached is not None:
                 _state.reached = _state.reached.index_select(0, self.index)
-        if self.reached is not None:
+        if self.reached is not None and open_tape is not None:
             _state.reached = self.reached if _state.reached is None else self.reached & _state.reached
-        open_tape = _state.tape
         self.meter = None if open_tape is None else open_tape.meter
         if open_tape is not None:
             open_tape.ran.append(Ran(self.owner, self.visit, self.choice, _state.rows, self.units))
@@ -119,7 +122,8 @@ class part:
             self.meter.enter(self.owner, self.visit, self.choice)
 
     def __exit__(self, *_: object) -> None:
-        _state.rows, _state.reached = self.before
+        if self.moved:
+            _state.rows, _state.reached = self.before
         if self.meter is not None:
             self.meter.leave()
 

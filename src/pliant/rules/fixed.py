@@ -44,7 +44,8 @@ class Random(Rule):
 
     Args:
         p: probability in [0, 1].
-        generator: source of randomness, for repeatable draws; it is shared by all sites the rule is bound to.
+        generator: source of randomness, for repeatable draws; it is shared by all sites the rule is bound to. Pass none
+            (PyTorch's own) under activation checkpointing, which draws again on the way back and repeats only that.
 
     Raises:
         PliantError: where ``p`` is outside [0, 1].
