@@ -1,0 +1,53 @@
+"""Every system of the catalogue in a small size, made ready to be checked: statistics, gates and thresholds that vary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pliant
+from pliant import rules
+
+SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "msdnet": ({"exits": 3, "base": 1, "step": 1, "channels": 4}, (6, 3, 32, 32)),
+    "branchynet": ({"in_chans": 1}, (6, 1, 28, 28)),
+    "sdn": ({"backbone": "resnet8", "at": (0.3, 0.6)}, (6, 3, 32, 32)),
+    "big_little_dnn": ({"little": "cnn2", "big": "resnet8"}, (6, 3, 32, 32)),
+    "convnet_aig": ({"depth": 14}, (6, 3, 32, 32)),
+}
+"""From the id of a system to the arguments of a small one and the shape of its input."""
+
+
+def ready(id: str) -> tuple[nn.Module, Tensor]:
+    """A small system whose decisions vary over the batch that comes with it."""
+    kwargs, shape = SMALL[id]
+    torch.manual_seed(0)
+    model = pliant.create_model(id, num_classes=4, **kwargs)
+    x = torch.randn(shape)
+    settle(model, x)
+    return model.eval(), x
+
+
+@torch.no_grad()
+def settle(model: nn.Module, x: Tensor) -> None:
+    """Real batch statistics, gates that say different things to different rows, thresholds in the middle of their scores."""
+    for site in pliant.sites(model).values():
+        linear = [m for m in site.scorer.modules() if isinstance(m, nn.Linear)]
+        if linear:
+            linear[-1].weight.normal_()
+    model.train()
+    for _ in range(5):
+        model(torch.randn_like(x) * torch.rand(len(x), *[1] * (x.ndim - 1)).add(0.5))
+    model.eval()
+    for path, site in pliant.sites(model).items():  # in order: what earlier sites decide changes what later ones see
+        rule = getattr(site.rule, "rule", site.rule)
+        if not isinstance(rule, rules.Threshold):
+            continue
+        scores = pliant.record(pliant.masked(model))(x)[1][path][0].scores
+        assert scores is not None
+        ordered = scores.flatten().sort().values
+        low, high = ordered[len(ordered) // 2 - 1], ordered[len(ordered) // 2]
+        if low < high:  # midway, so that no score is its own threshold
+            rule.threshold.copy_((low + high) / 2)
