@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,10 @@ def load(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
         PliantError: where the file can't be read, isn't a checkpoint of ours, or is of another plan or model.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load doesn't compare checksums: flipped bits would become weights
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} has another checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file raises anything from EOFError to AttributeError
         raise PliantError(

@@ -152,6 +152,7 @@ class _Run:
         self.history: History = []
         self.optimizer_state: dict[str, Any] | None = None
         self.identity = _identity(model, data, options, phases)
+        self.identity["options"]["precision"] = str(fabric.strategy.precision.precision)
 
     def resume(self) -> None:
         """Go to where the checkpoint stands, if there is one; the first process reads it for all."""
