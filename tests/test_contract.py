@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,6 +72,21 @@ def test_draws_from_a_private_generator_are_not_repeated_by_checkpointing() -> N
     with pytest.raises(PliantError, match="check 'checkpoint'"):
         check(model, torch.randn(6, WIDTH), only=["checkpoint"])
     assert check(pliant.bind(model, {"*": rules.Random(0.5)}), torch.randn(6, WIDTH), only=["checkpoint"])
+
+
+def test_a_looped_site_is_checked_as_far_as_it_can_be() -> None:
+    block = built("skip")[1]
+    model = nn.Sequential(block, nn.Tanh(), block).eval()
+    seen = check(model, torch.randn(6, WIDTH), only=[c for c in DEFAULT if c not in ("gradient", "export")])
+    assert "visited several times" in seen["replay"]
+    assert "exact" in seen["flops"]
+
+
+def test_a_sampling_model_is_checked_under_frozen_decisions() -> None:
+    model = pliant.bind(built("either"), {"*": pliant.estimators.GumbelSample(rules.Threshold(0.0))})
+    seen = check(model, torch.randn(6, WIDTH))
+    assert list(seen) == list(DEFAULT)
+    assert "its own samples" in seen["expected_cost"]
 
 
 def test_seconds_are_asked_for_by_name() -> None:
@@ -196,19 +213,30 @@ FAULTS = {
     KeepsItsInput: "deepcopy",
     HidesATensor: "state_dict",
     Squeezes: "single",
+    NeedsRows: "empty",
     DropsNaN: "nan",
     WatchesTheTape: "recording",
     RemembersBetweenPasses: "checkpoint",
 }
 
 
+def test_threads_that_meet_in_a_global_are_found() -> None:
+    slot: dict[str, bool] = {}
+
+    class Shared(Faulty):
+        def forward(self, x: Tensor) -> Tensor:
+            slot["asks"] = self.site.rule.reads_scores
+            time.sleep(0.001)
+            return super().forward(x) + slot["asks"]
+
+    with pytest.raises(PliantError, match=r"calls altered .*check 'threads'"):
+        check(Shared(), torch.randn(6, WIDTH), only=["threads"])
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
 def test_a_fault_is_found_and_named(fault: type[Faulty]) -> None:
     name = FAULTS[fault]
-    with pytest.raises(PliantError, match=f"check '{name}'"):
+    with pytest.raises(PliantError, match=f"check '{name}'") as caught:
         check(fault().eval(), torch.randn(6, WIDTH), only=[name])
-
-
-def test_a_model_that_needs_rows_fails_at_the_empty_batch() -> None:
-    with pytest.raises((PliantError, ZeroDivisionError)):
-        check(NeedsRows(), torch.randn(6, WIDTH), only=["empty"])
+    crashed = caught.value.expected == "no error"  # found by its own test, not by falling over
+    assert crashed == (fault is NeedsRows)

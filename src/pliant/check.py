@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pliant.checks import answers, copies, learning, prices
-from pliant.checks.subject import Subject, call_of
+from pliant.checks.subject import Subject, call_of, failed
 from pliant.core.bind import sites
 from pliant.core.errors import PliantError
 from pliant.core.trace import batch_of
@@ -88,7 +88,14 @@ def check(model: nn.Module, x: Any, *, only: Collection[str] | None = None) -> d
     with _generators_kept(model):
         for name in names:
             torch.manual_seed(0)
-            seen[name] = CHECKS[name](Subject(model, x))
+            try:
+                seen[name] = CHECKS[name](Subject(model, x))
+            except Exception as error:  # whatever breaks, the caller learns in which check
+                if isinstance(error, PliantError) and "(check '" in str(error):
+                    raise
+                raise failed(
+                    name, f"{type(error).__name__}: {error}", "no error", "mend what the error names"
+                ) from error
     return seen
 
 

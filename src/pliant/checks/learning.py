@@ -61,6 +61,14 @@ def expected_equals_mean(s: Subject) -> str:
     if s.loops() is not None:
         return "not asked: a site is visited several times a call"
     seen = []
+    for _ in range(2):  # exact where nothing is left to chance; between, the expectation is linear in each value
+        fixed = s.frozen(s.everywhere(s.random()))
+        wanted, ran = expected_flops(s.record(masked(fixed))[1]), s.record(gathered(fixed))[1].flops
+        if not torch.allclose(wanted, ran.double(), rtol=1e-12):
+            raise failed(
+                "expected_cost", f"{wanted.tolist()[:4]} FLOPs expected of fixed decisions", f"the {ran.tolist()[:4]} run",
+                "price each alternative through tape.part in both forms",
+            )  # fmt: skip
     model = s.everywhere(s.random())
     wanted = expected_flops(s.record(masked(model))[1])
     running = gathered(model)  # one copy, whose prices are counted once
@@ -74,7 +82,7 @@ def expected_equals_mean(s: Subject) -> str:
     if traces:
         apart = [(expected_flops(_hard(t)) - expected_flops(t)).mean() for t in traces]
         seen.append(_centred("its own samples", torch.stack(apart), float(expected_flops(traces[0]).mean())))
-    return "; ".join(seen)
+    return "exact for fixed decisions; " + "; ".join(seen)
 
 
 def _samples(s: Subject) -> bool:
