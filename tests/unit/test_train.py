@@ -153,6 +153,22 @@ def test_the_same_seed_gives_the_same_network_with_dropout_and_augmentation():
     assert not same(found[0], found[2])
 
 
+def test_noise_and_augmentation_are_new_in_every_batch_and_epoch():
+    drawn, augmented = [], []
+
+    def note(x, generator):
+        augmented.append(torch.rand((), generator=generator).item())
+        return x
+
+    def loss(y, trace, target, progress):
+        drawn.append(torch.rand(()).item())
+        return square(y, trace, target, progress)
+
+    fit(nn.Linear(3, 1), points(), loss, [Phase(name, epochs=2) for name in "ab"], options=cpu(augment=(note,)))
+    assert len(set(drawn)) == len(set(augmented)) == 8
+    assert not set(drawn) & set(augmented)
+
+
 def test_annealing_reaches_both_ends_and_progress_runs_from_0_towards_1():
     class Gated(nn.Module):
         def __init__(self):
