@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -104,11 +105,12 @@ def _declared(id: str, folder: Path) -> ModuleType:
             do="run in a source checkout, or name its evidence folder with --evidence",
             site=None,
         )  # fmt: skip
-    spec = importlib.util.spec_from_file_location(f"pliant_evidence_{id}", path)
-    assert spec is not None and spec.loader is not None  # a .py file always has both
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    before = list(sys.path)
+    sys.path.insert(0, str(folder.resolve()))  # evidence files share _common.py beside them
+    try:
+        return importlib.import_module(id)
+    finally:
+        sys.path[:] = before
 
 
 def reproduce(id: str, *, folder: Path, root: Path | None, progress: Callable[[str, int, int], None]) -> dict[str, Any]:

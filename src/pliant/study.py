@@ -39,6 +39,7 @@ class Recipe:
         rows: training rows used; None for all.
         augment: transforms of training images.
         static: keyword arguments that make a static network of the same family, and the values to size it by.
+        threads: of PyTorch while training; one is the fastest for tiny networks.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Recipe:
     rows: int | None = None
     augment: tuple[Callable[..., Tensor], ...] = ()
     static: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    threads: int = 2
 
 
 def _sgd(epochs: int) -> tuple[Phase, ...]:
@@ -71,8 +73,17 @@ _STATIC_IMAGES = {"base": (1, 2, 3, 4, 6, 8, 10), "channels": (4, 6, 8, 12, 16)}
 RECIPES: dict[str, Recipe] = {
     "digits": Recipe(
         "msdnet",
-        {"exits": 4, "base": 1, "step": 2, "channels": 4, "growth": 4, "factors": (1, 2), "bottlenecks": (1, 2)},
-        _sgd(12),
+        {
+            "exits": 4,
+            "base": 1,
+            "step": 2,
+            "channels": 8,
+            "growth": 8,
+            "factors": (1, 2),
+            "bottlenecks": (1, 2),
+            "head_channels": 8,
+        },
+        _sgd(10),
         static={"base": (1, 2, 3, 4, 5), "channels": (2, 4, 6, 8)},
     ),
     "fashion_mnist": Recipe("msdnet", _IMAGES, _sgd(4), rows=20_000, augment=(RandomFlip(),), static=_STATIC_IMAGES),
@@ -212,7 +223,7 @@ def batches(part: Split, size: int = 256) -> list[tuple[Tensor, Tensor]]:
 
 
 def _seconds(
-    model: nn.Module, part: Split, *, batch: int = 64, rows: int = 512, rounds: int = 5
+    model: nn.Module, part: Split, *, batch: int = 256, rows: int = 512, rounds: int = 7
 ) -> tuple[float, float]:
     """Seconds per image, dense and dynamic, on the same modules in the same run, one thread."""
     dense = bind(model, {"*": Always()})

@@ -19,7 +19,7 @@ from pliant.systems.multiscale import Classifier, Dense, Layer, PerScale, conv_n
 def msdnet(
     num_classes: int = 10, in_chans: int = 3, *, exits: int = 7, base: int = 4, step: int = 2, growing: int = 0,
     channels: int = 16, growth: int = 6, factors: Sequence[int] = (1, 2, 4), bottlenecks: Sequence[int] = (1, 2, 4),
-    reduction: float = 0.5, prune: Literal["max", "min"] = "max", form: Literal["cifar", "imagenet"] = "cifar",
+    reduction: float = 0.5, prune: Literal["max", "min"] = "max", form: Literal["cifar", "imagenet"] = "cifar", head_channels: int = 128,
 ) -> Exits:  # fmt: skip
     r"""MSDNet, a grid of scales and densely connected layers with an exit after each block.
 
@@ -41,7 +41,8 @@ def msdnet(
         bottlenecks: width of the 1x1 convolutions, in outputs, per scale.
         reduction: share of the channels kept where scales are dropped; 0 for no transition.
         prune: "max" drops a scale after each 1/S of the depth, "min" only those that no exit would read.
-        form: "cifar" (3x3 stem, classifiers of 128 channels) or "imagenet" (7x7 stem with pooling).
+        head_channels: of the classifiers' convolutions in the "cifar" form; in the "imagenet" form they keep their input's.
+        form: "cifar" (3x3 stem) or "imagenet" (7x7 stem with pooling).
 
     Raises:
         PliantError: where the lists have no entry per scale, or there are too few layers.
@@ -91,5 +92,7 @@ def msdnet(
                 layers.append(PerScale([conv_norm(width * f, kept * f, 1) for f in factors[first:]]))
                 width = kept
         stages.append(nn.Sequential(*layers))
-        heads.append(Classifier(width * factors[-1], 128 if form == "cifar" else width * factors[-1], num_classes))
+        heads.append(
+            Classifier(width * factors[-1], head_channels if form == "cifar" else width * factors[-1], num_classes)
+        )
     return Exits(stages, heads, [Site(MaxProbability(), Threshold(0.5)) for _ in range(exits - 1)])
