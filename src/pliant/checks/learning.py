@@ -147,8 +147,8 @@ def _gradients(s: Subject, model: nn.Module, like: nn.Module) -> list[Tensor]:
     torch.manual_seed(0)
     y = tensors(model(*args, **kwargs))
     weights = [torch.linspace(0.5, 1.5, t.numel()).reshape(t.shape).to(t) for t in y]
-    loss = sum((t * w).sum() for t, w in zip(y, weights, strict=True) if t.requires_grad)
-    found = torch.autograd.grad(loss, [p for p in like.parameters() if p.requires_grad], allow_unused=True)  # pyright: ignore[reportArgumentType]
+    loss = torch.stack([(t * w).sum() for t, w in zip(y, weights, strict=True)]).sum()
+    found = torch.autograd.grad(loss, [p for p in like.parameters() if p.requires_grad], allow_unused=True)
     return [g if g is not None else torch.zeros(()) for g in found]
 
 

@@ -127,7 +127,7 @@ def _unflatten(leaves: Any, context: Any) -> Trace:
     return Trace(
         visits,
         tuple(Exit(e["0"], e.get("1"), e.get("2")) for e in exits),
-        tuple(Note(*n, r.get("0"), r.get("1")) for n, r in zip(names, notes, strict=True)),
+        tuple(Note(n[0], n[1], n[2], r.get("0"), r.get("1")) for n, r in zip(names, notes, strict=True)),
         batch,
     )
 
