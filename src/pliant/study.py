@@ -15,7 +15,7 @@ from pliant.core.bind import bind, sites
 from pliant.core.errors import PliantError
 from pliant.core.trace import record
 from pliant.cost.count import describe, prices
-from pliant.cost.meter import interleaved, realised_share
+from pliant.cost.meter import interleaved, realised_share, threads
 from pliant.data import Dataset, RandomCrop, RandomFlip, Split
 from pliant.insight.evaluation import Evaluation, Point, random_exits, summary
 from pliant.losses import CrossEntropy, MultiExit, Total
@@ -85,6 +85,7 @@ RECIPES: dict[str, Recipe] = {
         },
         _sgd(10),
         static={"base": (1, 2, 3, 4, 5), "channels": (2, 4, 6, 8)},
+        threads=1,
     ),
     "fashion_mnist": Recipe("msdnet", _IMAGES, _sgd(4), rows=20_000, augment=(RandomFlip(),), static=_STATIC_IMAGES),
     "cifar10": Recipe(
@@ -165,13 +166,20 @@ def train(recipe: Recipe, data: Dataset, *, seed: int = 0, loss: Total | None = 
     model = create_model(recipe.id, num_classes=len(data.classes), in_chans=data.shape[0], **recipe.model)
     total = sum(phase.epochs for phase in recipe.phases)
     part = data.train if recipe.rows is None else data.train.take(min(recipe.rows, len(data.train)))
-    done = itertools.count(1)
+    before = dict(
+        zip(
+            (p.name for p in recipe.phases),
+            itertools.accumulate((p.epochs for p in recipe.phases), initial=0),
+            strict=False,
+        )
+    )
     options = Fit(
         batch_size=recipe.batch, seed=seed, augment=recipe.augment, checkpoint=checkpoint,
-        on_epoch=lambda _: progress(what, next(done), total),
+        on_epoch=lambda entry: progress(what, before[entry["phase"]] + entry["epoch"], total),
     )  # fmt: skip
     progress(what, 0, total)
-    fit(model, part, loss or Total({"exits": (1.0, MultiExit())}), recipe.phases, options=options)
+    with threads(recipe.threads):
+        fit(model, part, loss or Total({"exits": (1.0, MultiExit())}), recipe.phases, options=options)
     return model.eval()
 
 
