@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +10,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pliant.core import tape
 from pliant.core.bind import bind, clean, executors, share, sites
 from pliant.core.errors import PliantError
+from pliant.core.site import Rule
 from pliant.rules.fixed import Always
 from pliant.rules.threshold import Threshold
 
@@ -155,20 +156,32 @@ def count(model: nn.Module, call: Call) -> Prices:
     return Prices(meter.root, {keys[key]: part for key, part in meter.parts.items()})
 
 
-_cache: weakref.WeakKeyDictionary[nn.Module, dict[Any, Prices]] = weakref.WeakKeyDictionary()
+# By the first parameter, which a model shares with all its bound, masked and plain copies: they cost the same parts.
+_cache = WeakIdKeyDictionary()
+
+
+def _structure(model: nn.Module) -> int:
+    """What the parts of a model cost hangs on: its modules as they print themselves, not the rules that decide."""
+    return hash(
+        tuple(
+            (name, type(module).__qualname__, module.extra_repr(), getattr(module, "form", "") == "plain")
+            for name, module in model.named_modules()
+            if not isinstance(module, Rule) and ".rule." not in name
+        )
+    )
 
 
 def prices(model: nn.Module, call: Call) -> Prices:
-    """The prices of a call, counted once per model, input shape and set of rules that read scores."""
+    """The prices of a call, counted once per structure, input shape and set of rules that read scores."""
     batch = _rows(call)
     if batch == 0:  # an empty batch costs nothing, but its prices may be asked for all the same
         call = pytree.tree_map(lambda t: Like((1, *t.shape[1:]), t.dtype, t.device) if _has_rows(t, 0) else t, call)
     leaves, spec = pytree.tree_flatten(call)
     shapes = tuple(repr((t.shape[1:], t.dtype, t.device) if _has_rows(t, max(batch, 1)) else t) for t in leaves)
     reads = tuple(site.rule.reads_scores for site in sites(model).values())
-    plain = tuple(executor.form == "plain" for executor in executors(model))
-    key = (str(spec), shapes, reads, plain, model.training)
-    table = _cache.setdefault(model, {})
+    key = (_structure(model), str(spec), shapes, reads, model.training)
+    owner = next(model.parameters(), model)
+    table: dict[Any, Prices] = _cache.setdefault(owner, {})
     if key not in table:
         table[key] = count(model, call)
     return table[key]
