@@ -48,11 +48,24 @@ def phase(epochs: int, **changes: Any) -> Phase:
 
 
 def trained(
-    lab: Lab, what: str, model: nn.Module, data: Dataset, phases: Sequence[Phase], *, loss: Any = ALL_EXITS, seed: int = 0
+    lab: Lab,
+    what: str,
+    model: nn.Module,
+    data: Dataset,
+    phases: Sequence[Phase],
+    *,
+    loss: Any = ALL_EXITS,
+    seed: int = 0,
 ) -> Any:
     """``model`` after ``phases``, in evaluation mode; build it under the same seed for repeatable runs."""
     total, done = sum(p.epochs for p in phases), count(1)
-    fit(model, data.train, loss, phases, options=Fit(seed=seed, on_epoch=lambda _: lab.progress(what, next(done), total)))
+    fit(
+        model,
+        data.train,
+        loss,
+        phases,
+        options=Fit(seed=seed, on_epoch=lambda _: lab.progress(what, next(done), total)),
+    )
     return model.eval()
 
 
@@ -78,10 +91,14 @@ def percent(values: Sequence[float]) -> str:
     return f"{100 * mean(values):.2f} ({', '.join(f'{100 * v:.2f}' for v in values)})"
 
 
-def faster(dense: Callable[[Tensor], Tensor], dynamic: Callable[[Tensor], Tensor], x: Tensor, *, batch: int, rounds: int = 7) -> float:
+def faster(
+    dense: Callable[[Tensor], Tensor], dynamic: Callable[[Tensor], Tensor], x: Tensor, *, batch: int, rounds: int = 7
+) -> float:
     """How many times faster ``dynamic`` is than ``dense`` on ``x`` in batches, one thread, in turn."""
     chunks = x.split(batch)
-    found = interleaved({"dense": lambda: [dense(c) for c in chunks], "dynamic": lambda: [dynamic(c) for c in chunks]}, rounds=rounds)
+    found = interleaved(
+        {"dense": lambda: [dense(c) for c in chunks], "dynamic": lambda: [dynamic(c) for c in chunks]}, rounds=rounds
+    )
     return found["dense"].minimum / found["dynamic"].minimum
 
 

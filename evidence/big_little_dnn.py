@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from _common import LAST_ONLY, always, fashion, faster, held, percent, phase, right, seeded, told, trained
+
 from pliant import create_model, record, tune
 from pliant.reproduce import Claim, Lab
 from pliant.study import accuracy, batches
 from pliant.systems.depth.big_little_dnn import big_little
 
-ROWS, EPOCHS, SEEDS = 10_000, 6, (0, 1)
+ROWS, EPOCHS, SEEDS = 30_000, 8, (0, 1)
 DATA = told(ROWS)
 
 
@@ -18,14 +19,16 @@ def run(lab: Lab) -> list[Claim]:
     for seed in SEEDS:
         blank = seeded(seed, lambda: create_model("big_little_dnn", in_chans=1, little="cnn2", big="resnet8"))
         little, big = (
-            trained(lab, f"{name}, seed {seed}", net, data, [phase(EPOCHS, lr=0.05)], loss=LAST_ONLY, seed=seed)
+            trained(lab, f"{name}, seed {seed}", net, data, [phase(EPOCHS)], loss=LAST_ONLY, seed=seed)
             for name, net in zip(("little", "big"), blank.heads, strict=True)
         )
         model = big_little(little, big).eval()
         tune(model, batches(data.val), risk=0.002)  # the threshold is chosen on held-out data alone
         alone = right(big, data).double().mean().item()
         got, flops, _ = accuracy(model, data.test)
-        big_flops = float(record(always(model))(data.test.x[:1])[1].flops[0] - record(little)(data.test.x[:1])[1].flops[0])
+        big_flops = float(
+            record(always(model))(data.test.x[:1])[1].flops[0] - record(little)(data.test.x[:1])[1].flops[0]
+        )
         gap.append(alone - got)
         share.append(flops / big_flops)
         speed1.append(faster(big, model, data.test.x[:256], batch=1, rounds=3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from _common import ALL_EXITS, LAST_ONLY, always, fashion, faster, held, percent, phase, seeded, told, trained
+
 from pliant import create_model, plain
 from pliant.insight.overthinking import auroc
 from pliant.reproduce import Claim, Lab

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from _common import LAST_ONLY, fashion, faster, percent, phase, seeded, told, trained
+
 from pliant import bind, create_model, masked, plain, record, rules, sites
 from pliant.losses import CrossEntropy, TargetRate, Total
 from pliant.reproduce import Claim, Lab
@@ -23,7 +24,7 @@ def run(lab: Lab) -> list[Claim]:
         trained(lab, f"plain, seed {seed}", base, data, [phase(EPOCHS)], loss=LAST_ONLY, seed=seed)
         model = seeded(seed, lambda: create_model("convnet_aig", in_chans=1, depth=20))
         trained(lab, f"gated, seed {seed}", model, data, [phase(EPOCHS)], loss=LOSS, seed=seed)
-        got, flops, _ = accuracy(model, data.test)
+        got = accuracy(model, data.test)[0]
         with torch.no_grad():
             _, trace = record(model)(x)
             z = torch.stack([trace.dense(site) for site in trace])  # (gates, images)
@@ -71,7 +72,10 @@ def _with_masks_of_other_classes(model, x, y, z) -> float:
 def _at_random(model, x, y, rates) -> float:
     g = torch.Generator().manual_seed(0)
     found = [
-        (bind(model, {p: rules.Random(float(r), g) for p, r in zip(sites(model), rates, strict=True)})(x).argmax(-1) == y)
+        (
+            bind(model, {p: rules.Random(float(r), g) for p, r in zip(sites(model), rates, strict=True)})(x).argmax(-1)
+            == y
+        )
         for _ in range(3)
     ]
     return torch.stack(found).double().mean().item()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from _common import ALL_EXITS, always, fashion, faster, held, percent, phase, seeded, told, trained
+
 from pliant import Site, create_model, record, rules, scores, tune
 from pliant.execute import Exits
 from pliant.losses import MultiExit, Total
@@ -50,7 +51,10 @@ def at_cost(flops: torch.Tensor, accuracies: torch.Tensor, cost: float) -> float
 def run(lab: Lab) -> list[Claim]:
     data = fashion(lab, ROWS)
     one = data.test.x[:1]
-    build = {"MSDNet": lambda: create_model("msdnet", in_chans=1, **CONFIG), "ResNet": lambda: resnet_exits((12, 24, 48), (1, 2, 4, 6))}
+    build = {
+        "MSDNet": lambda: create_model("msdnet", in_chans=1, **CONFIG),
+        "ResNet": lambda: resnet_exits((12, 24, 48), (1, 2, 4, 6)),
+    }
     cost = {name: int(record(always(make().eval()))(one)[1].flops[0]) for name, make in build.items()}
     gains: list[float] = []
     hurt: dict[str, list[float]] = {name: [] for name in build}
@@ -58,12 +62,16 @@ def run(lab: Lab) -> list[Claim]:
     for seed in SEEDS:
         every = {}
         for name, make in build.items():
-            every[name] = trained(lab, f"{name}, all exits, {seed}", seeded(seed, make), data, [phase(EPOCHS)], loss=ALL_EXITS, seed=seed)
+            every[name] = trained(
+                lab, f"{name}, all exits, {seed}", seeded(seed, make), data, [phase(EPOCHS)], loss=ALL_EXITS, seed=seed
+            )
             last = {}
             for what, first in (("last", 0.0), ("first and last", 1.0)):
                 weights = [first, 0.0, 0.0, 0.0, 1.0]
                 loss = Total({"exits": (1.0, MultiExit(weights))})
-                net = trained(lab, f"{name}, {what}, {seed}", seeded(seed, make), data, [phase(EPOCHS)], loss=loss, seed=seed)
+                net = trained(
+                    lab, f"{name}, {what}, {seed}", seeded(seed, make), data, [phase(EPOCHS)], loss=loss, seed=seed
+                )
                 last[what] = accuracy(always(net), data.test)[0]
             hurt[name].append(last["last"] - last["first and last"])
         (_, ours), (_, rival) = held(every["MSDNet"], data), held(every["ResNet"], data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from _common import ALL_EXITS, LAST_ONLY, always, fashion, held, percent, phase, seeded, told, trained
+
 from pliant import create_model, plain, tune
 from pliant.insight.overthinking import auroc, confusion, overthinking
 from pliant.reproduce import Claim, Lab
@@ -51,4 +52,3 @@ def run(lab: Lab) -> list[Claim]:
               f"{min(auc_gap):+.3f} (worst seed)", ">= -0.02", min(auc_gap) >= -0.02, auc_gap),
         Claim("training the exits alone leaves the host's own output byte-identical", "yes" if all(same) else "no", "yes", all(same), same),
     ]  # fmt: skip
-

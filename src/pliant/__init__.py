@@ -5,14 +5,54 @@ from __future__ import annotations
 from pliant import cost, data, estimators, execute, losses, retrofit, rules, scores
 from pliant.check import check
 from pliant.core import (
-    Decision, Executor, Exit, PliantError, Rule, Score, Site, Trace, bind, gathered, masked, plain, record, sites,
+    Decision,
+    Executor,
+    Exit,
+    PliantError,
+    Rule,
+    Score,
+    Site,
+    Trace,
+    bind,
+    gathered,
+    masked,
+    plain,
+    record,
+    sites,
 )
 from pliant.systems.table import create_model, list_models
 from pliant.tune import OperatingPoint, tune
 
 __all__ = [
-    "Decision", "Executor", "Exit", "OperatingPoint", "PliantError", "Rule", "Score", "Site", "Trace", "bind", "check",
-    "cost", "create_model", "data", "estimators", "execute", "export_onnx", "from_pretrained", "gathered", "list_models",
-    "losses", "masked", "plain", "record", "retrofit", "rules", "save_pretrained", "scores", "sites", "tune",
+    "Decision",
+    "Executor",
+    "Exit",
+    "OperatingPoint",
+    "PliantError",
+    "Rule",
+    "Score",
+    "Site",
+    "Trace",
+    "bind",
+    "check",
+    "cost",
+    "create_model",
+    "data",
+    "estimators",
+    "execute",
+    "export_onnx",
+    "from_pretrained",
+    "gathered",
+    "list_models",
+    "losses",
+    "masked",
+    "plain",
+    "record",
+    "retrofit",
+    "rules",
+    "save_pretrained",
+    "scores",
+    "sites",
+    "tune",
 ]
 __version__ = "0.1.0"
