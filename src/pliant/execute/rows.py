@@ -123,8 +123,15 @@ def run_either(site: Site, decision: Decision, runs: tuple[Callable[..., Rows], 
         other = replace(decision, value=1 - decision.value)
         off = _run_exported(site, other, 0, runs[0], (x,), _first_only, lambda: None)
         on = _run_exported(site, decision, 1, runs[1], (x,), _first_only, lambda: None)
-        order = torch.cat([other.value.nonzero().squeeze(1), decision.value.nonzero().squeeze(1)])
-        return pytree.tree_map(lambda a, b: torch.cat([a, b]).index_select(0, order.argsort()), off, on)
+        indexes = [d.value.nonzero().squeeze(1) for d in (other, decision)]
+
+        def whole(a: Any, b: Any) -> Any:  # copied into place, so that its rows are seen to be as many as the input's
+            if not isinstance(a, Tensor):
+                return a
+            base = a.new_zeros((decision.value.shape[0], *a.shape[1:]))
+            return base.index_copy(0, indexes[0], a).index_copy(0, indexes[1], b)
+
+        return pytree.tree_map(whole, off, on)
     value = decision.value.detach()
     indexes = ((value == 0).nonzero().squeeze(1), value.nonzero().squeeze(1))
     for choice, index in enumerate(indexes):
