@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pliant.core.bind import bind, gathered, masked, named, share
 from pliant.core.decision import Decision
@@ -202,11 +203,9 @@ def _prove(model: nn.Module, call: probe.Call, at: Sequence[str], leave: Sequenc
 
 def _trial(model: nn.Module, call: probe.Call, at: Sequence[str], leave: dict[int, int]) -> str | None:
     """What goes wrong when row ``i`` leaves at exit ``leave[i]`` and the others go on; None where nothing does."""
-    count = probe.batch_of(*call)
-    plan = {
-        f"exits.sites.{k}": (Decision(torch.tensor([float(leave.get(i, len(at)) > k) for i in range(count)])),)
-        for k in range(len(at))
-    }
+    count, device = probe.batch_of(*call), next(t.device for t in pytree.tree_leaves(call) if isinstance(t, Tensor))
+    stays = torch.tensor([[leave.get(i, len(at)) > k for i in range(count)] for k in range(len(at))], device=device)
+    plan = {f"exits.sites.{k}": (Decision(value.float()),) for k, value in enumerate(stays)}
     probed = bind(model, {"exits.sites.*": Given(Trace(plan, (), (), count))}).eval()
     with torch.no_grad():
         wanted = prediction_of(masked(probed)(*call[0], **call[1]))
