@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from pliant.core.errors import PliantError
+from pliant.core.files import atomic
 
 
 @dataclass(frozen=True)
@@ -87,13 +86,8 @@ def commit(folder: Path) -> str | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    with atomic(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _declared(id: str, folder: Path) -> ModuleType:

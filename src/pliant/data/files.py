@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import importlib
 import os
-import tempfile
 import warnings
 import zipfile
 import zlib
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pliant.core.errors import PliantError
+from pliant.core.files import atomic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,18 +163,9 @@ def capped(cases: int, limit: int | None, path: Path) -> int:
 
 
 def atomic_write(path: Path, write: Callable[[Any], object]) -> None:
-    """Write beside the final name, flush to disk, then rename: the name never holds half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Let ``write`` fill the file; the name never holds half of it."""
+    with atomic(path) as part, part.open("wb") as file:
+        write(file)
 
 
 def cached(source: Path, keys: tuple[str, ...], build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.core.errors import PliantError
+from pliant.core.files import atomic
 
 FORMAT = "pliant.train/1"
 
@@ -48,20 +48,9 @@ def shape_of(model: nn.Module) -> dict[str, str]:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state``: to a temporary name in the same folder, to the disk, then in place of the old file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")  # always the same name: what a killed run left is written over
-    with part.open("wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    if hasattr(os, "O_DIRECTORY"):  # so that the new name is on the disk too; Windows has no such call
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    """Write ``state`` whole, in place of the old file."""
+    with atomic(path) as part:
+        torch.save({"format": FORMAT, **state}, part)
 
 
 def load(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
