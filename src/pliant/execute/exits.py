@@ -108,14 +108,20 @@ class Exits(Executor):
 
     def masked(self, x: Any, given: Tensor | None = None) -> Tensor:
         """Every stage and every exit for every row, mixed by the values."""
-        return self._rest(0, x, given, None, None, self._go_on_masked)
+        return self._rest(0, [x, given, None, None], self._go_on_masked)
 
     def gathered(self, x: Any, given: Tensor | None = None) -> Tensor:
         """Only what the rows still there need."""
-        return self._rest(0, x, given, None, None, self._go_on_gathered)
+        return self._rest(0, [x, given, None, None], self._go_on_gathered)
 
-    def _rest(self, k: int, x: Any, given: Tensor | None, carry: Any, memory: Any, go_on: Any) -> Tensor:
-        """Stage ``k``, its exit, and for the rows that go on the rest: naturally recursive, so it nests and exports."""
+    def _rest(self, k: int, state: list[Any], go_on: Any) -> Tensor:
+        """Stage ``k``, its exit, and for the rows that go on the rest: naturally recursive, so it nests and exports.
+
+        ``state`` is what the chain carries: features, plan, the scorers' carry, the answers' memory. It's emptied here, since
+        the frames below live until the last stage is done and would hold features that nobody needs any longer.
+        """
+        x, given, carry, memory = state
+        state.clear()
         x = self.stages[k](x)
         logits = self.heads[k](x)
         tape.write_exit(self, logits)
@@ -123,19 +129,21 @@ class Exits(Executor):
         if k == len(self.sites):
             return last
         decision = self.sites[k](logits, given=None if given is None else given[:, k], carry=carry)
-        return go_on(k, decision, early, (x, given, decision.carry, memory))
+        state = [x, given, decision.carry, memory]
+        del x
+        return go_on(k, decision, early, state)
 
-    def _go_on_masked(self, k: int, decision: Any, early: Tensor, state: tuple[Any, ...]) -> Tensor:
-        def rest(*state: Any) -> Tensor:
-            x, given, carry, memory = state
-            return self._rest(k + 1, x, given, carry, memory, self._go_on_masked)
+    def _go_on_masked(self, k: int, decision: Any, early: Tensor, state: list[Any]) -> Tensor:
+        def rest(state: list[Any]) -> Tensor:
+            return self._rest(k + 1, state, self._go_on_masked)
 
-        later = rows.run_masked(self.sites[k], decision, 1, rest, *state)  # pyright: ignore[reportArgumentType]
+        later = rows.run_masked(self.sites[k], decision, 1, rest, state)  # pyright: ignore[reportArgumentType]
         return rows.mix(decision, later, early)
 
-    def _go_on_gathered(self, k: int, decision: Any, early: Tensor, state: tuple[Any, ...]) -> Tensor:
-        def rest(*state: Any) -> Tensor:
-            x, given, carry, memory = state
-            return self._rest(k + 1, x, given, carry, memory, self._go_on_gathered)
+    def _go_on_gathered(self, k: int, decision: Any, early: Tensor, state: list[Any]) -> Tensor:
+        def rest(chosen: list[Any]) -> Tensor:
+            if chosen is not state:
+                state.clear()
+            return self._rest(k + 1, chosen, self._go_on_gathered)
 
-        return rows.run_some(self.sites[k], decision, rest, state, rows.replaced, lambda: early)  # pyright: ignore[reportArgumentType]
+        return rows.run_some(self.sites[k], decision, rest, (state,), rows.replaced, lambda: early)  # pyright: ignore[reportArgumentType]
