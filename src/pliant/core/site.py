@@ -111,6 +111,8 @@ class Site(nn.Module):
 
 
 def _first(x: Any) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
     for leaf in pytree.tree_leaves(x):
         if isinstance(leaf, Tensor):
             return leaf

@@ -34,8 +34,7 @@ class _Confidence(Score):
 class MaxProbability(_Confidence):
     r"""One minus the largest softmax probability, :math:`1 - \max_c \mathrm{softmax}(z / T)_c`.
 
-    Computed as :math:`r / (1 + r)` with :math:`r = \sum_{c \ne \hat c} e^{z_c - z_{\hat c}}`, so that confidences near 1
-    don't tie at it.
+    Computed as the sum of the other classes' probabilities, so that confidences near 1 don't tie at it.
 
     Shape:
         logits :math:`(R, C)`; scores :math:`(R,)` in :math:`[0, 1 - 1/C]`.
@@ -46,17 +45,14 @@ class MaxProbability(_Confidence):
     References:
         Survey section 5.1.1; Huang et al., Multi-Scale Dense Networks, ICLR 2018.
 
-    Differs from the paper: it is the complement of the confidence, since value 1 spends; and the complement is taken in
-    log space: the paper's code compares probabilities that saturate at 1.0 and tie.
+    Differs from the paper: it is the complement of the confidence, since value 1 spends; and the complement is
+    summed, not subtracted: the paper's code compares probabilities that saturate at 1.0 and tie.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores of logits ``x``."""
-        z = self.scaled(x)
-        top, index = z.max(-1, keepdim=True)
-        others = z.scatter(-1, index, float("-inf"))
-        rest = (others - top).exp().sum(-1)
-        return rest / (1 + rest)
+        p = self.scaled(x).softmax(-1)
+        return p.scatter(-1, p.argmax(-1, keepdim=True), 0.0).sum(-1)
 
 
 class Entropy(_Confidence):
