@@ -1,0 +1,8 @@
+"""Deployment: saved as a folder, exported to ONNX, folded and laid out for the processor."""
+
+from __future__ import annotations
+
+from pliant.deploy.onnx import export_onnx
+from pliant.deploy.pretrained import from_pretrained, save_pretrained
+
+__all__ = ["export_onnx", "from_pretrained", "save_pretrained"]
