@@ -20,6 +20,7 @@ from pliant.core import (
     record,
     sites,
 )
+from pliant.deploy import export_onnx, from_pretrained, save_pretrained
 from pliant.systems.table import create_model, list_models
 from pliant.tune import OperatingPoint, tune
 
