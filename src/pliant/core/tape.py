@@ -43,12 +43,13 @@ class Tape:
         self.decisions: list[tuple[nn.Module, Decision]] = []
         self.exits: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
         self.ran: list[Ran] = []
+        self.counts: dict[int, int] = {}
         self.meter = meter
         self.grad = torch.is_grad_enabled()
 
     def visits(self, site: nn.Module) -> int:
         """How many decisions of ``site`` are on the tape."""
-        return sum(1 for owner, _ in self.decisions if owner is site)
+        return self.counts.get(id(site), 0)
 
 
 class _State(threading.local):
@@ -113,7 +114,8 @@ class part:
             _state.rows = self.index if _state.rows is None else _state.rows.index_select(0, self.index)
             if _state.reached is not None:
                 _state.reached = _state.reached.index_select(0, self.index)
-        if self.reached is not None and open_tape is not None:
+        # Rows in flight with an index of their own may hold a dummy, which counts without a tape too.
+        if self.reached is not None and (open_tape is not None or self.index is not None):
             _state.reached = self.reached if _state.reached is None else self.reached & _state.reached
         self.meter = None if open_tape is None else open_tape.meter
         if open_tape is not None:
@@ -143,6 +145,7 @@ def write_decision(site: nn.Module, decision: Decision) -> None:
     if _state.tape is not None:
         _refuse_lost_gradient(_state.tape, site)
         _state.tape.decisions.append((site, decision))
+        _state.tape.counts[id(site)] = _state.tape.visits(site) + 1
 
 
 def write_exit(owner: nn.Module, logits: Any) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -162,11 +164,33 @@ class Recorder(nn.Module):
         return y, _read(self.model, written, batch_of(args, kwargs), accounts)
 
 
+_known: weakref.WeakKeyDictionary[nn.Module, dict[int, str]] = weakref.WeakKeyDictionary()
+
+
+def _holds(model: nn.Module, path: str | None, module: nn.Module) -> bool:
+    """Whether ``path``, as found before, still leads to ``module``."""
+    here: nn.Module | None = None if path is None else model
+    for name in (path or "").split(".") if path else ():
+        here = None if here is None else here._modules.get(name)
+    return here is module
+
+
+def _paths(model: nn.Module, owners: dict[int, nn.Module]) -> dict[int, str]:
+    """The clean path of every owner. A walk over all modules costs more than the recording, so what it found is kept
+    beside the model and each path is looked up before it's used again."""
+    if torch.compiler.is_compiling():
+        return {id(module): clean(name) for name, module in named(model) if id(module) in owners}
+    known = _known.get(model, {})
+    if not all(_holds(model, known.get(key), owner) for key, owner in owners.items()):
+        known = known | {id(module): name for name, module in named(model) if id(module) in owners}
+        _known[model] = known
+    return {key: clean(known[key]) for key in owners}
+
+
 def _read(model: nn.Module, written: tape.Tape, batch: int, accounts: Accounts | None) -> Trace:
     """Turn what was written into a trace: owners become paths, visits of a site come together."""
-    owners = [(site, None) for site, _ in written.decisions] + [(ran.owner, None) for ran in written.ran]
-    wanted = {id(owner) for owner, _ in owners}
-    paths = {id(module): clean(name) for name, module in named(model) if id(module) in wanted}
+    owners = {id(site): site for site, _ in written.decisions} | {id(ran.owner): ran.owner for ran in written.ran}
+    paths = _paths(model, owners)
     visits: dict[str, tuple[Decision, ...]] = {}
     for site, decision in written.decisions:
         visits[paths[id(site)]] = (*visits.get(paths[id(site)], ()), decision)
