@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from pliant.deploy.fold import optimised
 from pliant.deploy.onnx import export_onnx
 from pliant.deploy.pretrained import from_pretrained, save_pretrained
 
-__all__ = ["export_onnx", "from_pretrained", "save_pretrained"]
+__all__ = ["export_onnx", "from_pretrained", "optimised", "save_pretrained"]
