@@ -35,7 +35,8 @@ def export_onnx(model: nn.Module, path: str | Path, example: Any) -> Path:
     carries one dummy row, since convolutions refuse an empty one, so a stage that nobody reaches still runs one row.
 
     Inputs: the model's own, and ``thresholds`` :math:`(S,)` float, the dials of the :math:`S` sites whose rule has one, in the
-    order of ``pliant.sites(model)``; its default is where they stand now, so it needn't be fed. Outputs: ``logits``, and for
+    order of ``pliant.sites(model)``; its default is where they stand now, so it needn't be fed (ONNX Runtime warns
+    once that such a default is no constant: it's meant). Outputs: ``logits``, and for
     a model with exits ``exit`` :math:`(R,)` int64, the index of the exit where each row left. Metadata: ``pliant.thresholds``
     (JSON, by site, in the order of the input; infinities as strings), ``pliant.id`` and ``pliant.version``.
 
