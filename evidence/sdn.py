@@ -24,7 +24,7 @@ def run(lab: Lab) -> list[Claim]:
         with torch.no_grad():
             before = plain(model)(data.test.x[:256])
         heads = tuple(f"heads.{k}.*" for k in range(len(model.sites)))
-        only = phase(3, optimizer="adam", lr=1e-3, train=heads, weight_decay=0.0)
+        only = phase(3, optimizer="adam", lr=1e-3, momentum=0.0, nesterov=False, train=heads, weight_decay=0.0)
         trained(lab, f"exits only, seed {seed}", model, data, [only], loss=ALL_EXITS, seed=seed)
         with torch.no_grad():
             same.append(float(torch.equal(plain(model)(data.test.x[:256]), before)))
