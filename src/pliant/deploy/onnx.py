@@ -20,8 +20,8 @@ from pliant.core import tape
 from pliant.core.bind import clean, executors, named, share
 from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
+from pliant.core.files import atomic
 from pliant.core.site import Site
-from pliant.deploy.files import atomic
 from pliant.retrofit.output import prediction_of
 from pliant.tune.point import dial
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pliant.core.bind import sites
 from pliant.core.errors import PliantError
-from pliant.deploy.files import atomic, beside, flush
+from pliant.core.files import atomic, beside, flush
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pliant.core.errors import PliantError
+from pliant.core.files import atomic
 from pliant.insight.evaluation import Evaluation, Point, as_float32, correct, exits_at
 
 # Known columns of the table: heading, and how a number is shown. Other keys are shown under their own name.
@@ -103,7 +103,9 @@ def write_report(
         room = PAGE_BYTES - len(_script(data)) - len(_template())
         data["pool"] = _pool(evaluation, evaluation.images, [opening, *chosen, *dial[spread]], room)
     before, after = _template().split("{{data}}")
-    _write(target, before.replace("{{title}}", html.escape(title)) + _script(data) + after)
+    with atomic(target) as part:
+        page = before.replace("{{title}}", html.escape(title)) + _script(data) + after
+        part.write_text(page, encoding="utf-8", newline="\n")
     return target
 
 
@@ -239,18 +241,3 @@ def _atlas(images: Tensor, rows: Sequence[int]) -> dict[str, object]:
     picture.save(buffer, format="PNG", optimize=True)
     png = base64.b64encode(buffer.getvalue()).decode("ascii")
     return {"rows": list(rows), "columns": columns, "width": width, "height": height, "each": EACH, "png": png}
-
-
-def _write(target: Path, text: str) -> None:
-    """Write beside the target, flush to the disk, then take its place: a reader never sees half a page."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes it private; a report is meant to be shared
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
