@@ -42,11 +42,26 @@ def images(count: int = 9) -> torch.Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module", params=["by structure", "with an example", "channels last"])
+@pytest.fixture(scope="module", params=["by structure", "with an example", "channels last", "packed"])
 def folded(request: pytest.FixtureRequest, model: Exits) -> Exits:
     if request.param == "with an example":
         return optimised(model, images())
-    return optimised(model).to(**({"memory_format": torch.channels_last} if request.param == "channels last" else {}))
+    fast = optimised(model)
+    if request.param != "by structure":
+        fast = fast.to(memory_format=torch.channels_last)
+    return packed(fast) if request.param == "packed" else fast
+
+
+def packed(net: nn.Module) -> nn.Module:
+    for module in net.modules():
+        if isinstance(module, FoldedConv):
+            module.small = False  # so that one row goes the packed way too
+            module.pack()
+    return net
+
+
+def is_packed(net: nn.Module) -> bool:
+    return all(m._fits() for m in net.modules() if isinstance(m, FoldedConv))
 
 
 def decisions(net: nn.Module, x: torch.Tensor) -> dict[str, list[float]]:
@@ -246,18 +261,54 @@ def test_a_wrong_fold_in_a_part_that_no_row_runs_is_refused_too() -> None:
         optimised(with_statistics(net), torch.randn(3, 4, 8, 8))
 
 
+def test_packed_weights_are_shared_by_copies_that_share_and_made_anew_by_others(model: Exits) -> None:
+    fast, x = packed(optimised(model)), images()
+    bound = pliant.bind(fast, {"*": Always()})
+    assert is_packed(bound)
+    firsts = [next(m for m in net.modules() if isinstance(m, FoldedConv)) for net in (fast, bound)]
+    assert firsts[0].packed is firsts[1].packed
+    file = io.BytesIO()
+    torch.save(fast, file)
+    file.seek(0)
+    with torch.no_grad():
+        for other in (copy.deepcopy(fast), torch.load(file, weights_only=False)):
+            assert is_packed(other)
+            assert torch.equal(other(x), fast(x))
+
+
+def test_packed_weights_are_never_stale(model: Exits) -> None:
+    fast, x = packed(optimised(model)), images()
+    other = copy.deepcopy(fast)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(0.5)
+        assert not is_packed(other)
+        loose = optimised(model)
+        for p in loose.parameters():
+            p.mul_(0.5)
+        assert torch.allclose(other(x), loose(x), rtol=0, atol=1e-5)
+        other.load_state_dict(fast.state_dict())
+        assert is_packed(other)
+        assert torch.equal(other(x), fast(x))
+        assert torch.allclose(other.double()(x.double()).float(), fast(x), rtol=0, atol=1e-4)
+        assert is_packed(other.float())
+        assert torch.allclose(other(x), fast(x), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 2)])
 def test_the_counter_knows_the_direct_convolution(groups: int, kernel: int, stride: int) -> None:
     conv = nn.Conv2d(4, 6, kernel, stride, groups=groups).eval()
     x = torch.randn(3, 4, 9, 9)
     counted = []
-    for module in (conv, FoldedConv(conv, None)):
+    small, direct, ready = (FoldedConv(copy.deepcopy(conv), None) for _ in range(3))
+    direct.small = False
+    for module in (conv, small, direct, packed(ready)):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             y = module(x)
         counted.append(counter.get_total_flops())
     side = y.shape[-1]
-    assert counted == [3 * side * side * 6 * (4 // groups) * kernel * kernel * 2] * 2
+    assert counted == [3 * side * side * 6 * (4 // groups) * kernel * kernel * 2] * 4
 
 
 def test_chosen_rows_keep_their_memory_format() -> None:
