@@ -10,7 +10,7 @@ from pliant.losses import CrossEntropy, TargetRate, Total
 from pliant.reproduce import Claim, Lab
 from pliant.study import accuracy
 
-ROWS, EPOCHS, TARGET, SEEDS = 8_000, 8, 0.6, (0, 1)
+ROWS, EPOCHS, TARGET, SEEDS = 8_000, 12, 0.6, (0, 1)
 DATA = told(ROWS, "; the YAML's claim is for CIFAR-10")
 LOSS = Total({"task": (1.0, CrossEntropy()), "rate": (1.0, TargetRate(TARGET))})
 
@@ -18,7 +18,7 @@ LOSS = Total({"task": (1.0, CrossEntropy()), "rate": (1.0, TargetRate(TARGET))})
 def run(lab: Lab) -> list[Claim]:
     data = fashion(lab, ROWS)
     x, y = data.test.x, data.test.y
-    off, lost, spread, permuted, blind, sampled, differ, speed = ([] for _ in range(8))
+    off, lost, spread, permuted, blind, sampled, differ, speed, over_plain, drawn = ([] for _ in range(10))
     for seed in SEEDS:
         base = seeded(seed, lambda: plain(create_model("convnet_aig", in_chans=1, depth=20)))
         trained(lab, f"plain, seed {seed}", base, data, [phase(EPOCHS)], loss=LAST_ONLY, seed=seed)
@@ -39,16 +39,24 @@ def run(lab: Lab) -> list[Claim]:
         noisy.load_state_dict(model.state_dict())
         draws = [accuracy(noisy.eval(), data.test)[0] for _ in range(3)]
         sampled.append(got - sum(draws) / len(draws))
-        speed.append(faster(plain(model), model, x[:256], batch=1, rounds=5))
+        speed.append(faster(masked(model), model, x[:256], batch=1, rounds=5))
+        over_plain.append(faster(plain(model), model, x[:256], batch=1, rounds=5))
+        with torch.no_grad():
+            seen = record(noisy)(x)[1]
+        drawn.append((torch.stack([seen.dense(site) for site in seen]).mean(1) - TARGET).abs().mean().item())
     return [
-        Claim("each gate's test rate is near its target, on average over gates", f"{percent(off)} points off", "<= 10 points", max(off) <= 0.1, off),
-        Claim("accuracy stays near the plain network's", f"{percent(lost)} points lost", "<= 0.7 points", max(lost) <= 0.007, lost),
+        Claim("each gate's test rate is near its target, on average over gates", f"{percent(off)} points off", "<= 10 points", max(off) <= 0.1, off,
+              f"argmax rates; sampled as the released code does, gates are {percent(drawn)} points off. Tried before: 8 epochs, 13.7 points off"),
+        Claim("accuracy stays near the plain network's", f"{percent(lost)} points lost", "<= 0.7 points", max(lost) <= 0.007, lost,
+              "tried before: 8 epochs, 1.75 points lost"),
         Claim("some gate's rate differs between classes", f"{percent(spread)} points", ">= 20 points", min(spread) >= 0.2, spread),
         Claim("masks of images of other classes cost accuracy", f"{percent(permuted)} points", ">= 1 point", min(permuted) >= 0.01, permuted),
         Claim("random gates of the same rates cost accuracy", f"{percent(blind)} points", ">= 2 points", min(blind) >= 0.02, blind),
         Claim("argmax gates are at least as accurate as sampled ones (mean of 3 draws)", f"{percent(sampled)} points", ">= 0", min(sampled) >= 0, sampled),
         Claim("skipping equals masking", f"{max(differ):.1e} largest difference", "<= 1e-4", max(differ) <= 1e-4, differ),
-        Claim("and saves time at batch 1 against the plain network", f"{min(speed):.2f}x (worst seed)", "> 1x", min(speed) > 1, speed),
+        Claim("and saves time at batch 1 against masking", f"{min(speed):.2f}x (worst seed)", "> 1x", min(speed) > 1, speed),
+        Claim("and even against the plain network, which has no gates", f"{min(over_plain):.2f}x (worst seed)", "> 1x", min(over_plain) > 1, over_plain,
+              "at 28 pixels a block of 16 channels takes about three times as long as its gate; tried before: 0.79x with 8 epochs"),
     ]  # fmt: skip
 
 
