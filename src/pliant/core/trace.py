@@ -171,7 +171,7 @@ def _holds(model: nn.Module, path: str | None, module: nn.Module) -> bool:
     """Whether ``path``, as found before, still leads to ``module``."""
     here: nn.Module | None = None if path is None else model
     for name in (path or "").split(".") if path else ():
-        here = None if here is None else here._modules.get(name)
+        here = None if here is None else here._modules.get(name)  # pyright: ignore[reportPrivateUsage]
     return here is module
 
 

@@ -181,7 +181,7 @@ def prices(model: nn.Module, call: Call) -> Prices:
     reads = tuple(site.rule.reads_scores for site in sites(model).values())
     key = (_structure(model), str(spec), shapes, reads, model.training)
     owner = next(model.parameters(), model)
-    table: dict[Any, Prices] = _cache.setdefault(owner, {})
+    table: Any = _cache.setdefault(owner, {})
     if key not in table:
         table[key] = count(model, call)
     return table[key]

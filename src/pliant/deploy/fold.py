@@ -188,7 +188,7 @@ def _observed(model: nn.Module, args: tuple[Any, ...]) -> list[tuple[str, str]]:
 
         return hook
 
-    forms = [(executor, executor.form) for executor in executors(model)]
+    forms: list[tuple[Any, Any]] = [(executor, executor.form) for executor in executors(model)]
     handles = [m.register_forward_hook(watch(p)) for p, m in named(model) if not list(m.children())]
     try:
         for executor, _ in forms:

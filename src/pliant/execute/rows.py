@@ -24,6 +24,10 @@ def select(state: Rows, index: Tensor) -> Rows:
     >>> select([torch.arange(3), None], torch.tensor([2, 0]))
     [tensor([2, 0]), None]
     """
+    if isinstance(state, Tensor):
+        return _rows(state, index)
+    if type(state) in (list, tuple):  # by hand, since a tree map costs as much as choosing the rows
+        return type(state)([select(t, index) if t is not None else None for t in state])
     return pytree.tree_map(lambda t: _rows(t, index) if isinstance(t, Tensor) else t, state)
 
 
@@ -40,6 +44,8 @@ def scatter(into: Rows, index: Tensor, part: Rows) -> Rows:
     >>> scatter(torch.zeros(3), torch.tensor([1]), torch.ones(1))
     tensor([0., 1., 0.])
     """
+    if isinstance(into, Tensor):
+        return into.index_copy(0, index, part)
     return pytree.tree_map(lambda a, b: a.index_copy(0, index, b) if isinstance(a, Tensor) else a, into, part)
 
 
