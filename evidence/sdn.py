@@ -24,7 +24,7 @@ def run(lab: Lab) -> list[Claim]:
         with torch.no_grad():
             before = plain(model)(data.test.x[:256])
         heads = tuple(f"heads.{k}.*" for k in range(len(model.sites)))
-        only = phase(3, optimizer="adam", lr=1e-3, momentum=0.0, nesterov=False, train=heads, weight_decay=0.0)
+        only = phase(12, optimizer="adam", lr=1e-3, momentum=0.0, nesterov=False, train=heads, weight_decay=0.0)
         trained(lab, f"exits only, seed {seed}", model, data, [only], loss=ALL_EXITS, seed=seed)
         with torch.no_grad():
             same.append(float(torch.equal(plain(model)(data.test.x[:256]), before)))
@@ -47,8 +47,10 @@ def run(lab: Lab) -> list[Claim]:
         Claim("the tool reports wasteful over-thinking", f"{percent(wasteful)} %", "reported", True, wasteful),
         Claim("and destructive over-thinking", f"{percent(destructive)} %", "reported", True, destructive),
         Claim("tuned on held-out data to a budget of 68 %, this much is saved", f"{percent(saved)} %", ">= 30 %", min(saved) >= 0.3, saved),
-        Claim("and accuracy stays near the final exit's", f"{percent(lost)} points lost", "<= 0.3 points", max(lost) <= 0.003, lost),
+        Claim("and accuracy stays near the final exit's", f"{percent(lost)} points lost", "<= 0.3 points", max(lost) <= 0.003, lost,
+              "tried before: 3 epochs for the exits, 0.31 points lost on average"),
         Claim("the confusion score tells final errors as well as the final confidence (AUROC difference)",
-              f"{min(auc_gap):+.3f} (worst seed)", ">= -0.02", min(auc_gap) >= -0.02, auc_gap),
+              f"{min(auc_gap):+.3f} (worst seed)", ">= -0.02", min(auc_gap) >= -0.02, auc_gap,
+              "tried before: 3 epochs for the exits, -0.154"),
         Claim("training the exits alone leaves the host's own output byte-identical", "yes" if all(same) else "no", "yes", all(same), same),
     ]  # fmt: skip
