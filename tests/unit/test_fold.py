@@ -353,3 +353,11 @@ def test_features_that_nobody_needs_are_freed_while_the_chain_runs() -> None:
     alive = [count for _, count in seen]
     assert len(alive) >= 3
     assert max(alive) <= 1, "a stage sees at most the features it reads"
+
+
+def test_rows_of_any_tree_are_chosen() -> None:
+    index, t = torch.tensor([1]), torch.arange(2.0)
+    assert rows.select(None, index) is None
+    assert rows.select((t, [t, None], {"a": t}), index) == (torch.ones(1), [torch.ones(1), None], {"a": torch.ones(1)})
+    assert rows.scatter({"a": t}, index, {"a": torch.full((1,), 5.0)})["a"].tolist() == [0.0, 5.0]
+    assert t.tolist() == [0.0, 1.0]
