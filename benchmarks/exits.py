@@ -8,6 +8,9 @@ compaction, putting answers back. Its thresholds are such that exactly the wante
 Seconds are processor time of the one thread, so that others on the machine don't count; wall-clock seconds are
 measured beside them (``--clock wall`` shows them, the file holds both; on an idle machine they agree).
 
+Shares are medians over the rounds of the ratio within a round, the calls compared standing side by side in it: what a
+drifting or busy machine disturbs least. Ratios of minima stand in brackets, milliseconds are minima.
+
 - share of the FLOP promise: (dense s / dynamic s) / (dense FLOPs / dynamic FLOPs)
 - share of the stage-time limit: (sum over stages of stage-and-head s at the rows that reach it) / dynamic s
 - limit: the latter sum's own share of the FLOP promise
@@ -19,7 +22,7 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,21 +70,25 @@ def patterns(shares: Sequence[float], rows: int) -> list[tuple[list[int], float]
     return [([batch.count(k) for k in range(exits)], 1 / batches) for batch in found]
 
 
-def stage_calls(model: Exits, x: Tensor, wanted: set[tuple[int, int]]) -> dict[Any, Call]:
-    """Stage k with its head on n rows, for every (k, n) wanted; its inputs are what the stages before really make."""
-    calls: dict[Any, Call] = {}
+def stages_alone(model: Exits, x: Tensor, counts: Sequence[int]) -> Call:
+    """Each stage and its head on as many rows as reach it, on inputs made before; what the stages before really make."""
+    ready: list[tuple[nn.Module, nn.Module, Any]] = []
     state: Any = x
-    for k, (stage, head) in enumerate(zip(model.stages, model.heads, strict=True)):
-        for n in sorted(n for j, n in wanted if j == k and n > 0):
-            rows = pytree.tree_map(lambda t, n=n: t[:n].clone(), state)
-            calls["stage", k, n] = lambda stage=stage, head=head, rows=rows: head(stage(rows))
+    for stage, head, n in zip(model.stages, model.heads, reaching(counts), strict=True):
+        if n:
+            ready.append((stage, head, pytree.tree_map(lambda t, n=n: t[:n].clone(), state)))
         state = stage(state)
-    return calls
+
+    def call() -> None:
+        for stage, head, rows in ready:
+            head(stage(rows))
+
+    return call
 
 
-def reaching(counts: Sequence[int]) -> list[tuple[int, int]]:
-    """(stage, rows that reach it)."""
-    return [(k, sum(counts[k:])) for k in range(len(counts))]
+def reaching(counts: Sequence[int]) -> list[int]:
+    """Rows that reach each stage."""
+    return [sum(counts[k:]) for k in range(len(counts))]
 
 
 def measure(model: Exits, rows: int, rounds: int, seed: int) -> list[dict[str, Any]]:
@@ -97,26 +104,39 @@ def measure(model: Exits, rows: int, rounds: int, seed: int) -> list[dict[str, A
             assert_same(y, pliant.masked(bound)(x), "gathered against masked")
             flops[spread, i], dense_flops = float(trace.flops.sum()), float(trace.dense_flops.sum())
             calls["dynamic", spread, i] = lambda bound=bound: bound(x)
-    reached = {kn for shares in SPREADS.values() for counts, _ in patterns(shares, rows) for kn in reaching(counts)}
-    calls |= stage_calls(model, x, reached)
+            calls["limit", spread, i] = stages_alone(model, x, counts)
     seconds = in_turn(calls, rounds)
     found: list[dict[str, Any]] = []
     for spread, shares in SPREADS.items():
-        batches = list(enumerate(patterns(shares, rows)))
-        promised = dense_flops / sum(weight * flops[spread, i] for i, (_, weight) in batches)
-        row: dict[str, Any] = {"batch": rows, "spread": spread, "batches": len(batches), "promised": promised}
-        for clock in CLOCKS:
-            for name, of in (("minimum", min), ("median", statistics.median)):
-                s = {call: of(found) for call, found in seconds[clock].items()}
-                dynamic = sum(weight * s["dynamic", spread, i] for i, (_, weight) in batches)
-                limit = sum(w * sum(s["stage", k, n] for k, n in reaching(c) if n) for _, (c, w) in batches)
-                row[f"{clock} {name}"] = {
-                    "dense_s": s["dense"], "dynamic_s": dynamic, "limit_s": limit, "speed_up": s["dense"] / dynamic,
-                    "share_of_flops": s["dense"] / dynamic / promised, "share_of_limit": limit / dynamic,
-                    "limit_of_flops": s["dense"] / limit / promised,
-                }  # fmt: skip
+        weights = [weight for _, weight in patterns(shares, rows)]
+        promised = dense_flops / sum(weight * flops[spread, i] for i, weight in enumerate(weights))
+        row: dict[str, Any] = {"batch": rows, "spread": spread, "batches": len(weights), "promised": promised}
+        for clock, measured in seconds.items():
+
+            def summed(what: str, of: Callable[[list[float]], float], spread: str = spread, weights: Any = weights,
+                       measured: Any = measured) -> float:  # fmt: skip
+                return sum(weight * of(measured[what, spread, i]) for i, weight in enumerate(weights))
+
+            rounds_of = range(rounds)
+            by_round = [
+                shares_of(measured["dense"][r], summed("dynamic", lambda s, r=r: s[r]),
+                          summed("limit", lambda s, r=r: s[r]), promised) for r in rounds_of
+            ]  # fmt: skip
+            row[f"{clock} paired"] = {k: statistics.median(one[k] for one in by_round) for k in by_round[0]}
+            row[f"{clock} minima"] = shares_of(
+                min(measured["dense"]), summed("dynamic", min), summed("limit", min), promised
+            )
         found.append(row)
     return found
+
+
+def shares_of(dense: float, dynamic: float, limit: float, promised: float) -> dict[str, float]:
+    """The figures of one batch size and spread."""
+    return {
+        "dense_s": dense, "dynamic_s": dynamic, "limit_s": limit, "speed_up": dense / dynamic,
+        "share_of_flops": dense / dynamic / promised, "share_of_limit": limit / dynamic,
+        "limit_of_flops": dense / limit / promised,
+    }  # fmt: skip
 
 
 def own(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -132,7 +152,7 @@ def own(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in built.parameters()), "layout": layout, "rows": []}
     for name, model in (("as built", built), ("optimised", fast)):
         table = Table(
-            title=f"MSDNet {name}, one thread, {args.clock} seconds (shares of minima; of medians in brackets)"
+            title=f"MSDNet {name}, one thread, {args.clock} seconds (medians of ratios within a round; ratios of minima in brackets)"
         )
         for head in ("batch", "exits", "dense ms", "dynamic ms", "speed-up", "promised"):
             table.add_column(head, justify="right")
@@ -141,13 +161,13 @@ def own(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         for batch in args.batches:
             rounds = max(3, round(args.rounds * {1: 60, 8: 16, 64: 14}.get(batch, 5)))
             for row in measure(model, batch, rounds, args.seed + batch):
-                least, middle = row[f"{args.clock} minimum"], row[f"{args.clock} median"]
+                paired, least = row[f"{args.clock} paired"], row[f"{args.clock} minima"]
                 shares = [
-                    f"{least[k]:.2f} ({middle[k]:.2f})" for k in ("share_of_flops", "share_of_limit", "limit_of_flops")
+                    f"{paired[k]:.2f} ({least[k]:.2f})" for k in ("share_of_flops", "share_of_limit", "limit_of_flops")
                 ]
                 table.add_row(
                     str(batch), row["spread"], f"{least['dense_s'] * 1e3:.2f}", f"{least['dynamic_s'] * 1e3:.2f}",
-                    f"{least['speed_up']:.2f}", f"{row['promised']:.2f}", *shares,
+                    f"{paired['speed_up']:.2f}", f"{row['promised']:.2f}", *shares,
                 )  # fmt: skip
                 found["rows"].append({"model": name, "rounds": rounds, **row})
         console.print(table)
