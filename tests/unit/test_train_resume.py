@@ -15,8 +15,8 @@ from torch import nn
 
 import pliant
 from pliant import PliantError
+from pliant.core import files
 from pliant.train import Fit, Phase, fit
-from pliant.train import checkpoint as files
 
 SCRIPT = """
 import itertools, sys, time
