@@ -16,7 +16,7 @@ from torch import nn
 import pliant
 from pliant import PliantError
 from pliant.core import files
-from pliant.train import Fit, Phase, fit
+from pliant.train import Fit, Phase, checkpoint, fit
 
 SCRIPT = """
 import itertools, sys, time
@@ -24,7 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch, torch.nn.functional as F
 from pliant.systems.depth.msdnet import msdnet
-from pliant.train import Fit, Phase, fit
+from pliant.train import Fit, Phase, checkpoint, fit
 
 checkpoint, result, ready, stop = *sys.argv[1:4], int(sys.argv[4])
 calls = itertools.count(1)
@@ -190,7 +190,7 @@ def test_a_file_that_would_execute_code_is_refused(tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
 
-    torch.save({"format": files.FORMAT, "identity": Evil()}, tmp_path / "run.ckpt")
+    torch.save({"format": checkpoint.FORMAT, "identity": Evil()}, tmp_path / "run.ckpt")
     with pytest.raises(PliantError, match="cannot be read"):
         run(tmp_path / "run.ckpt")
     assert not (tmp_path / "ran").exists()
