@@ -24,7 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch, torch.nn.functional as F
 from pliant.systems.depth.msdnet import msdnet
-from pliant.train import Fit, Phase, checkpoint, fit
+from pliant.train import Fit, Phase, fit
 
 checkpoint, result, ready, stop = *sys.argv[1:4], int(sys.argv[4])
 calls = itertools.count(1)
