@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -55,6 +57,55 @@ def test_mistakes_are_told():
         summary(e, [0.5])
     with pytest.raises(pliant.PliantError):
         Evaluation(e.scores, e.predicted[:, :3], e.labels, e.flops, 3000, e.classes)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"predicted": torch.zeros(3, 0, dtype=torch.int64)}, "not empty"),
+        ({"scores": torch.zeros(2, 39)}, "scores of shape"),
+        ({"scores": torch.zeros(2, 40, dtype=torch.float64)}, "float32 or narrower"),
+        ({"scores": torch.full((2, 40), 1.5)}, "outside"),
+        ({"labels": torch.full((40,), 3)}, "classes 0 to 2"),
+        ({"flops": torch.tensor([3, 2, 1])}, "never fall"),
+        ({"images": torch.full((40, 1, 8, 8), 2.0)}, "undo the normalisation"),
+        ({"images": torch.zeros(40, 4, 8, 8)}, "grey or colour"),
+    ],
+)
+def test_an_evaluation_that_does_not_fit_is_refused(change, match):
+    with pytest.raises(pliant.PliantError, match=match):
+        replace(evaluation(), **change)
+
+
+def test_a_threshold_that_is_nan_is_refused():
+    with pytest.raises(pliant.PliantError, match="NaN"):
+        exits_at(evaluation(), [0.5, float("nan")])
+
+
+@given(st.integers(0, 99), st.lists(st.floats(0, 1), min_size=2, max_size=2))
+def test_random_exits_is_the_mean_over_assignments(seed, thresholds):
+    e = evaluation(seed=seed)
+    histogram = summary(e, thresholds).histogram
+    exits = torch.repeat_interleave(torch.arange(3), torch.tensor(histogram))
+    right = (e.predicted == e.labels).double()
+    # Every cyclic shift of one assignment puts every sample once at every place: their mean is the expectation.
+    shifts = [right.gather(0, exits.roll(k)[None]).mean() for k in range(40)]
+    assert random_exits(e, histogram) == pytest.approx(torch.stack(shifts).mean().item())
+
+
+def test_page_of_ten_thousand_colour_images_and_many_classes_stays_small(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    e = Evaluation(
+        torch.rand(6, 10_000, generator=g),
+        torch.randint(300, (7, 10_000), generator=g),
+        torch.randint(300, (10_000,), generator=g),
+        torch.arange(1, 8) * 10**7,
+        7 * 10**7,
+        tuple(f"class {c}" for c in range(300)),
+        torch.rand(10_000, 3, 32, 32, generator=g),  # noise: the worst case for PNG
+    )
+    path = write_report(tmp_path / "page.html", e, [], curve=[[0.9] * 6, [0.5] * 6, [0.1] * 6], title="T")
+    assert path.stat().st_size < 3_000_000
 
 
 def test_page_is_whole_self_contained_and_escaped(tmp_path):
