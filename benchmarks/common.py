@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -37,6 +38,23 @@ def in_turn(calls: dict[Any, Call], rounds: int) -> dict[str, dict[Any, list[flo
             for clock in CLOCKS if round_ else ():
                 seconds[clock][name].append(after[clock] - before[clock])
     return seconds
+
+
+ALLOCATORS = ("keep", "default")
+
+
+def allocator(choice: str) -> str:
+    """With "keep", glibc keeps what is freed; otherwise it returns large tensors and faults them in anew in every call.
+
+    By default that costs a fifth of the time at 64 rows, and how much hangs on where the heap happens to end.
+    """
+    if choice == "default":
+        return "default"
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return "default: no mallopt here"
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX in malloc.h
+    return "glibc keeps freed memory" if mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0) else "default"
 
 
 def calibrated(model: nn.Module, shape: Sequence[int], *, seed: int, passes: int = 4, batch: int = 32) -> nn.Module:
@@ -109,7 +127,7 @@ def assert_same(a: Tensor, b: Tensor, what: str, tolerance: float = 1e-4) -> Non
         raise RuntimeError(f"{what}: outputs differ by {gap:.2g}, more than {tolerance:g}")
 
 
-def environment(seed: int, threads: int = 1) -> dict[str, Any]:
+def environment(seed: int, memory: str, threads: int = 1) -> dict[str, Any]:
     """What the figures depend on."""
     cpu = next((
         line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")
@@ -128,6 +146,8 @@ def environment(seed: int, threads: int = 1) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": threads,
+        "load_average": os.getloadavg()[0],
+        "allocator": memory,
         "seed": seed,
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": " ".join(["python", *sys.argv]),

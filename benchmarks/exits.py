@@ -27,8 +27,10 @@ from typing import Any
 
 import torch
 from common import (
+    ALLOCATORS,
     CLOCKS,
     Call,
+    allocator,
     assert_same,
     calibrated,
     counts_of,
@@ -250,9 +252,10 @@ def main() -> None:
         "--clock", choices=list(CLOCKS), default="processor", help="whose seconds the tables show; the file has both"
     )
     parser.add_argument("--only", choices=["own", "peer"], help="one half of the benchmark")
+    parser.add_argument("--allocator", choices=ALLOCATORS, default="keep", help="whether glibc keeps freed memory")
     args = parser.parse_args()
     console, start = Console(width=150), time.perf_counter()
-    found: dict[str, Any] = {"environment": environment(args.seed)}
+    found: dict[str, Any] = {"environment": environment(args.seed, allocator(args.allocator))}
     with threads(1), torch.inference_mode():
         if args.only != "peer":
             found["msdnet"] = own(args, console)

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import CLOCKS, assert_same, calibrated, environment, in_turn, save, with_heads
+from common import ALLOCATORS, CLOCKS, allocator, assert_same, calibrated, environment, in_turn, save, with_heads
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -95,9 +95,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=float, default=1.0, help="factor on the number of rounds")
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs")
     parser.add_argument("--clock", choices=list(CLOCKS), default="processor", help="whose seconds the table shows")
+    parser.add_argument("--allocator", choices=ALLOCATORS, default="keep", help="whether glibc keeps freed memory")
     args = parser.parse_args()
     console, start = Console(width=150), time.perf_counter()
-    found: dict[str, Any] = {"environment": environment(args.seed), "bounds": BOUNDS, "rows": []}
+    found: dict[str, Any] = {
+        "environment": environment(args.seed, allocator(args.allocator)),
+        "bounds": BOUNDS,
+        "rows": [],
+    }
     table = Table(
         title=f"Overhead, one thread, {args.clock} seconds (bounds: 5 % at 64 rows, 12 % at 1; recording 2 %)"
     )
