@@ -110,6 +110,19 @@ def test_pictures_are_the_extremes_of_their_exit(browser, tmp_path):
     assert colour == (e.images[order[0], 0] * 255).round().int().flatten().tolist()
 
 
+def test_every_exit_shows_pictures_all_along_the_dial(browser, tmp_path):
+    e = evaluation(rows=5000, exits=6, seed=7)
+    curve = [[1 - k / 40] * 5 for k in range(1, 40)]
+    browser.get(write_report(tmp_path / "p.html", e, [Point("p", 0.5, (0.5,) * 5)], curve=curve, title="T").as_uri())
+    for position in range(39):
+        browser.execute_script("turn(arguments[0])", position)
+        shown = browser.execute_script(
+            "return [0, 1, 2, 3, 4, 5].map(k => document.querySelectorAll(`[data-testid$='est-${k}'] canvas`).length)"
+        )
+        histogram = summary(e, curve[position]).histogram
+        assert all(seen >= min(4, count) for seen, count in zip(shown, histogram, strict=True)), (position, shown)
+
+
 def test_one_exit_and_no_pictures(browser, tmp_path):
     e = evaluation(rows=20, exits=1)
     e = replace(e, images=None)

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -101,7 +102,7 @@ def write_report(
         opening = chosen[0] if chosen else dial[len(dial) // 2]
         spread = torch.linspace(0, len(dial) - 1, min(len(dial), 12)).round().long()
         room = PAGE_BYTES - len(_script(data)) - len(_template())
-        data["pool"] = _pool(evaluation, evaluation.images, [opening, *chosen, *dial[spread]], room)
+        data["pool"] = _pool(evaluation, evaluation.images, [opening, *chosen], dial[spread], room=room)
     before, after = _template().split("{{data}}")
     with atomic(target) as part:
         page = before.replace("{{title}}", html.escape(title)) + _script(data) + after
@@ -201,11 +202,18 @@ def _ends(evaluation: Evaluation, thresholds: Tensor) -> list[list[int]]:
     return ends
 
 
-def _pool(evaluation: Evaluation, images: Tensor, vectors: Sequence[Tensor], room: int) -> dict[str, object]:
-    """Images worth embedding, most wanted first, in one PNG; fewer of them where the page would grow too large."""
+def _pool(
+    evaluation: Evaluation, images: Tensor, whole: Sequence[Tensor], along: Tensor, *, room: int
+) -> dict[str, object]:
+    """Images worth embedding in one PNG, most wanted first: all ends at some thresholds, then what fits along the dial."""
     samples = len(evaluation.labels)
-    wanted = [row for vector in vectors for end in _ends(evaluation, vector) for row in end]
-    opening = {row for end in _ends(evaluation, vectors[0]) for row in end}
+    opening = {row for end in _ends(evaluation, whole[0]) for row in end}
+    wanted = [row for vector in whole for end in _ends(evaluation, vector) for row in end]
+    # Outermost first over all positions and exits, else the first positions would take every place.
+    inwards = [
+        [end[-1 - i // 2 if i % 2 else i // 2] for i in range(len(end))] for t in along for end in _ends(evaluation, t)
+    ]
+    wanted += [row for rank in zip_longest(*inwards) for row in rank if row is not None]
     wanted += torch.linspace(0, samples - 1, min(samples, POOL)).round().long().tolist()
     rows = list(dict.fromkeys(wanted))[:POOL]
     while True:
