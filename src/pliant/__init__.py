@@ -21,7 +21,8 @@ from pliant.core import (
     sites,
 )
 from pliant.deploy import export_onnx, from_pretrained, save_pretrained
-from pliant.systems.table import create_model, list_models
+from pliant.systems.create import create_model
+from pliant.systems.table import list_models
 from pliant.tune import OperatingPoint, tune
 
 __all__ = [

@@ -20,7 +20,7 @@ from pliant.data import Dataset, RandomCrop, RandomFlip, Split
 from pliant.insight.evaluation import Evaluation, Point, random_exits, summary
 from pliant.losses import CrossEntropy, MultiExit, Total
 from pliant.rules.fixed import Always
-from pliant.systems.table import create_model
+from pliant.systems.create import create_model
 from pliant.train import Fit, Phase, fit
 from pliant.tune import OperatingPoint, collect, geometric, tune
 from pliant.tune.held_out import HeldOut, is_chain

@@ -17,7 +17,7 @@ from torch import nn
 import pliant
 from pliant import OperatingPoint, PliantError
 from pliant.deploy import from_pretrained, pretrained, save_pretrained
-from pliant.systems import table
+from pliant.systems import create
 
 SMALL = {"num_classes": 4, "exits": 3, "base": 1, "step": 1, "channels": 4, "factors": (1, 2), "bottlenecks": (1, 2)}
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -63,7 +63,7 @@ def tied(monkeypatch: pytest.MonkeyPatch) -> Tied:
         model.pliant_config = {"id": id, "kwargs": kwargs}  # type: ignore[assignment]
         return model
 
-    monkeypatch.setattr(table, "create_model", build)
+    monkeypatch.setattr(create, "create_model", build)
     return build("tied", width=3)  # type: ignore[return-value]
 
 
@@ -312,7 +312,7 @@ def test_sites_that_share_a_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         model.pliant_config = {"id": id, "kwargs": kwargs}
         return model
 
-    monkeypatch.setattr(table, "create_model", build)
+    monkeypatch.setattr(create, "create_model", build)
     model = build("shared")
     model.sites[0].scorer.temperature.fill_(2.0)
     back: Any = from_pretrained(save_pretrained(model, tmp_path / "m"))

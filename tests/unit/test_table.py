@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import pliant
-from pliant.systems.table import BUILDERS, builder, create_model, in_section, list_models, row, rows
+from pliant.systems.create import create_model
+from pliant.systems.table import BUILDERS, builder, in_section, list_models, row, rows
 
 
 def test_rows_are_whole():

@@ -286,7 +286,7 @@ def _read_weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _build(id: str, kwargs: dict[str, Any]) -> nn.Module:
-    from pliant.systems.table import create_model
+    from pliant.systems.create import create_model
 
     with torch.random.fork_rng(devices=[]):
         return create_model(id, **kwargs)
