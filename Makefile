@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+BENCHMARKS := $(filter-out common,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint docs evidence bench clean
@@ -32,12 +33,13 @@ docs: venv ## build the documentation strictly into site/
 test: lint docs ## lint, docs, then all tests
 	$(BIN)/python -m pytest -n 2 -q
 
-evidence: venv ## run every working system's claims again (long)
-	for id in $$($(BIN)/pliant list --works --json | $(BIN)/python -c 'import json,sys; print(*[r["id"] for r in json.load(sys.stdin)])'); do \
-	  $(BIN)/pliant reproduce $$id || true; done
+evidence: venv ## run every working system's claims again (long); goes on after a failure and names it at the end
+	@ids=$$($(BIN)/pliant list --works --json | $(BIN)/python -c 'import json,sys; print(*[r["id"] for r in json.load(sys.stdin)])') || exit 1; \
+	for id in $$ids; do $(BIN)/pliant reproduce $$id || failed="$$failed $$id"; done; \
+	[ -z "$$failed" ] || { echo "a claim failed or the run broke:$$failed"; exit 1; }
 
 bench: venv ## measure the ratios again (long)
-	for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file --json benchmarks/results/$$(basename $$file .py).json; done
+	for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py --json benchmarks/results/$$name.json || exit 1; done
 
 clean: ## remove what was built
 	rm -rf .venv site build dist .pytest_cache .ruff_cache .hypothesis
