@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 import pliant
+from pliant.systems import table
 from pliant.systems.create import create_model
 from pliant.systems.table import BUILDERS, builder, in_section, list_models, row, rows
+
+PARTS = ("depth", "width", "routing", "parameters", "spatial", "temporal", "training", "applications")  # survey's order
 
 
 def test_rows_are_whole():
@@ -26,10 +29,11 @@ def test_rows_are_the_facts_of_the_yaml_files():
         pytest.skip("PLIANT_SYSTEMS names no folder of YAML files")
     yaml = pytest.importorskip("yaml")
     facts = {}
-    for path in Path(folder).glob("*.yaml"):
-        for entry in yaml.safe_load(path.read_text(encoding="utf-8")):
-            facts[entry["id"]] = (path.stem, entry)
-    assert set(facts) == {r.id for r in rows()}
+    assert {path.stem for path in Path(folder).glob("*.yaml")} == set(PARTS)
+    for part in PARTS:
+        for entry in yaml.safe_load((Path(folder) / f"{part}.yaml").read_text(encoding="utf-8")):
+            facts[entry["id"]] = (part, entry)
+    assert list(facts) == [r.id for r in rows()]
     for r in rows():
         part, entry = facts[r.id]
         assert r.part == part
@@ -44,6 +48,33 @@ def test_filters():
     assert list_models(section="2.1.1")
     assert list_models(section="4") == []
     assert in_section(row("msdnet"), "5.1.1")
+    assert "msdnet" in list_models(section="2.1")
+    assert not list_models("msd*", section="2.1.2")
+    assert not in_section(row("msdnet"), "2.1.10")
+
+
+def test_only_what_works_is_listed():
+    assert set(list_models()) == {r.id for r in rows() if r.status == "works"} < {r.id for r in rows()}
+
+
+def test_a_row_described_again_is_built_by_its_original(monkeypatch):
+    again = next(r for r in rows() if r.same_as and r.status == "missing")
+    monkeypatch.setitem(table.BUILDERS, again.same_as, BUILDERS["branchynet"])
+    assert again.status == "works"
+    assert again.id in list_models()
+    assert builder(again.id) is builder("branchynet")
+    assert create_model(again.id, num_classes=3).pliant_config["id"] == again.id
+
+
+@pytest.mark.parametrize("r", [r for r in rows() if r.evidence], ids=lambda r: r.id)
+def test_evidence_is_a_path_in_the_checkout(r):
+    assert r.evidence == f"evidence/results/{r.same_as or r.id}.json"
+    assert (Path(table.__file__).parents[3] / r.evidence).is_file()
+
+
+def test_no_evidence_beside_an_installed_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(table, "_CHECKOUT", tmp_path)
+    assert row("msdnet").evidence is None
 
 
 @pytest.mark.parametrize("id", list(BUILDERS))
@@ -56,7 +87,9 @@ def test_every_builder_builds_and_remembers_how(id):
 def test_mistakes_are_told():
     with pytest.raises(pliant.PliantError, match="msdnet"):
         row("msdnt")
-    with pytest.raises(pliant.PliantError, match="missing"):
+    with pytest.raises(pliant.PliantError, match="an id of the catalogue"):
+        create_model("zzzz")
+    with pytest.raises(pliant.PliantError, match=r"missing.*msdnet"):
         create_model("skipnet")
     with pytest.raises(pliant.PliantError, match="'depht'"):
         create_model("msdnet", depht=3)
