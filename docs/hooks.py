@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pliant.systems.table import rows
+from pliant.systems.table import Row, rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,6 +27,11 @@ def _table(head: tuple[str, ...], lines: list[tuple[object, ...]]) -> str:
     return "\n".join([*text, *("| " + " | ".join(map(_cell, line)) + " |" for line in lines)])
 
 
+def _link(row: Row) -> str:
+    """To the section of the evidence page that holds the row's claims."""
+    return f" ([evidence](evidence.md#{row.same_as or row.id}))" if row.evidence else ""
+
+
 def catalogue() -> str:
     """Every row, by part of the survey."""
     found = rows()
@@ -35,7 +40,7 @@ def catalogue() -> str:
         text.append(f"## {part.capitalize()}")
         text.append(_table(
             ("id", "name", "survey", "paper", "status"),
-            [(f"`{r.id}`", r.name, r.survey, r.paper, r.status + (" ([evidence](evidence.md))" if r.evidence else "")) for r in members],
+            [(f"`{r.id}`", r.name, r.survey, r.paper, r.status + _link(r)) for r in members],
         ))  # fmt: skip
     return "\n\n".join(text)
 
@@ -47,8 +52,9 @@ def evidence() -> str:
     for path in files:
         found = json.loads(path.read_text(encoding="utf-8"))
         text.append(f"## {found['id']}")
+        held = sum(c["held"] for c in found["claims"])
         text.append(
-            f"{found['data']}. Seeds {found['seeds']}, {found['seconds']:.0f} s, torch {found['versions']['torch']}."
+            f"**{held} of {len(found['claims'])} held.** {found['data']}. Seeds {found['seeds']}, {found['seconds']:.0f} s, torch {found['versions']['torch']}."
         )
         text.append(_table(
             ("claim", "measured", "bound", "held"),
