@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import random
 import subprocess
 import sys
 import tempfile
@@ -28,10 +29,16 @@ CLOCKS: dict[str, Callable[[], float]] = {"processor": time.thread_time, "wall":
 
 
 def in_turn(calls: dict[Any, Call], rounds: int) -> dict[str, dict[Any, list[float]]]:
-    """Seconds by both clocks of every call in every round, A B C A B C ...; each is run once untimed first."""
+    """Seconds by both clocks of every call in every round; each is run once untimed first.
+
+    Every round has an order of its own: a call that always came behind one with the same weights would find them in cache.
+    """
     seconds: dict[str, dict[Any, list[float]]] = {clock: {name: [] for name in calls} for clock in CLOCKS}
+    order, shuffle = list(calls), random.Random(0).shuffle
     for round_ in range(rounds + 1):
-        for name, call in calls.items():
+        shuffle(order)
+        for name in order:
+            call = calls[name]
             before = {clock: now() for clock, now in CLOCKS.items()}
             call()
             after = {clock: now() for clock, now in CLOCKS.items()}

@@ -106,7 +106,7 @@ def measure(model: Exits, rows: int, rounds: int, seed: int) -> list[dict[str, A
             assert_same(y, pliant.masked(bound)(x), "gathered against masked")
             flops[spread, i], dense_flops = float(trace.flops.sum()), float(trace.dense_flops.sum())
             calls["dynamic", spread, i] = lambda bound=bound: bound(x)
-            calls["limit", spread, i] = stages_alone(model, x, counts)
+            calls["limit", spread, i] = stages_alone(bound, x, counts)
     seconds = in_turn(calls, rounds)
     found: list[dict[str, Any]] = []
     for spread, shares in SPREADS.items():

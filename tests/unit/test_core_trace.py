@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -30,6 +36,34 @@ def test_masked_notes_whose_work_it_really_is() -> None:
     assert trace["sites.1"][0].reached.tolist() == [True, False, True]
     assert len(trace.exits) == 3
     assert all(len(e.logits) == 3 for e in trace.exits)
+
+
+def test_a_trace_is_put_together_when_read_and_holds_on_to_no_model() -> None:
+    model = built("exits")
+    x = torch.randn(3, WIDTH)
+    gone = weakref.ref(model)
+    _, trace = pliant.record(model)(x)
+    _, kept = pliant.record(model)(x)
+    twin = pickle.loads(pickle.dumps(replace(kept, accounts=None)))
+    assert [d.value.tolist() for v in twin.visits.values() for d in v] == [
+        d.value.tolist() for v in kept.visits.values() for d in v
+    ]
+    assert (list(trace), list(copy.deepcopy(trace))) == (list(kept), list(kept))
+    with pytest.raises(AttributeError, match="'sites'"):
+        _ = trace.sites  # pyright: ignore[reportAttributeAccessIssue]
+    trace = replace(trace, accounts=None)  # the accounts price the model's parts when asked
+    kept = replace(kept, accounts=None)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_trace_of_a_model_taken_apart_says_so() -> None:
+    model = nn.Sequential(built("exits"))
+    _, trace = pliant.record(model)(torch.randn(3, WIDTH))
+    model[0] = nn.Identity()
+    with pytest.raises(PliantError, match="a trace of sites that are no longer in the model"):
+        list(trace)
 
 
 def test_a_missing_site_is_named() -> None:

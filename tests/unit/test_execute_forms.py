@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import pliant
 from nets import WIDTH, built, confidence, force, gate, head, layer
 from pliant import PliantError, rules, scores
-from pliant.execute import Exits, MostConfident, Residual, Skip
+from pliant.execute import Exits, MostConfident, Residual, Skip, rows
 
 
 class Counted(nn.Module):
@@ -111,6 +111,33 @@ def test_whoever_no_exit_was_sure_of_takes_the_surest_answer() -> None:
     assert torch.equal(early, trace.exits[0].logits)
     assert isinstance(model, Exits)
     assert isinstance(model.answer, MostConfident)
+
+
+def test_a_nan_never_makes_an_exit_the_surest() -> None:
+    answer = MostConfident(scores.MaxProbability())
+    exits = torch.tensor([[float("nan"), 0.0], [1.0, 0.0], [2.0, 0.0]])
+    memory = None
+    for logits in exits[:2]:
+        _, memory = answer.step(logits[None], memory)
+    assert answer.last(exits[2:], memory).tolist() == [[2.0, 0.0]]
+    assert answer.last(exits[:1], None).isnan().any()  # nothing else to choose
+
+
+@pytest.mark.parametrize("index", [[2], [1, 2, 3], [0, 1], [1, 3], [3, 2], [1, 1], []])
+def test_rows_side_by_side_are_chosen_as_views_and_all_others_copied(index: list[int]) -> None:
+    x, chosen = torch.arange(8.0).reshape(4, 2), torch.tensor(index, dtype=torch.int64)
+    found, none = rows.select([x, None], chosen)
+    assert none is None
+    assert torch.equal(found, x[chosen])
+    shares = found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    assert shares == (index in ([2], [1, 2, 3], [0, 1]))
+
+
+@pytest.mark.parametrize("form", [pliant.gathered, pliant.masked])
+def test_one_row_alone_with_a_nan_value_spends(form: Any) -> None:
+    model = form(pliant.bind(built("exits"), {"*": rules.Threshold(0.0)}))
+    x = torch.full((1, WIDTH), float("nan"))
+    assert len(pliant.record(model)(x)[1].exits) == 3
 
 
 def test_gradients_reach_the_gate_through_masked_and_gathered() -> None:

@@ -88,42 +88,47 @@ class Site(nn.Module):
 
     def forward(self, x: Any, *, given: Tensor | None = None, carry: Any = None) -> Decision:
         """Decide for every row of ``x``; ``given`` values are taken as they are and nothing is scored."""
-        open_tape = tape.tape()
-        visit = 0 if open_tape is None else open_tape.visits(self)
+        here = tape.here()
+        visit = 0 if here.tape is None else here.tape.visits(self)
+        first = x if isinstance(x, Tensor) else _first(x)
+        rows = first.shape[0]
         scores: Tensor | None = None
         if given is not None:
             outcome = Outcome(given)
-        elif self.rule.reads_scores:
-            with tape.part(self, visit, "score"):
-                scores, carry = (
-                    self.scorer.step(x, carry) if isinstance(self.scorer, Score) else (self.scorer(x), carry)
-                )
-            outcome = self.rule(scores)
         else:
-            first = _first(x)
-            outcome = self.rule(first.new_zeros((first.shape[0], *self.shape)))
-        _check_rows(outcome.value, x)
-        decision = Decision(
-            outcome.value, scores, outcome.soft, outcome.log_prob, tape.rows(), tape.reached(), carry, visit
-        )
-        tape.write_decision(self, decision)
+            rule = self.rule
+            if not rule.reads_scores:
+                outcome = rule(first.new_zeros((rows, *self.shape)))
+            else:
+                if here.tape is None:
+                    scores, carry = self._score(x, carry)
+                else:
+                    with tape.part(self, visit, "score"):
+                        scores, carry = self._score(x, carry)
+                outcome = rule(scores)
+        value = outcome.value
+        if value.shape[0] != rows:
+            raise _wrong_rows(value, rows)
+        decision = Decision(value, scores, outcome.soft, outcome.log_prob, here.rows, here.reached, carry, visit)
+        if here.tape is not None:
+            here.tape.decided(self, decision)
         return decision
+
+    def _score(self, x: Any, carry: Any) -> tuple[Tensor, Any]:
+        scorer = self.scorer
+        return scorer.step(x, carry) if isinstance(scorer, Score) else (scorer(x), carry)
 
 
 def _first(x: Any) -> Tensor:
-    if isinstance(x, Tensor):
-        return x
     for leaf in pytree.tree_leaves(x):
         if isinstance(leaf, Tensor):
             return leaf
     raise PliantError(got="an input without tensors", expected="at least one", do="pass features to the site")
 
 
-def _check_rows(value: Tensor, x: Any) -> None:
-    rows = _first(x).shape[0]
-    if value.shape[0] != rows:
-        raise PliantError(
-            got=f"a decision for {value.shape[0]} rows",
-            expected=f"one for each of the {rows} rows in flight",
-            do="give values for exactly the rows that come here (a replayed trace must be of the same batch)",
-        )
+def _wrong_rows(value: Tensor, rows: int) -> PliantError:
+    return PliantError(
+        got=f"a decision for {value.shape[0]} rows",
+        expected=f"one for each of the {rows} rows in flight",
+        do="give values for exactly the rows that come here (a replayed trace must be of the same batch)",
+    )

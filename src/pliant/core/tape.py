@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -25,15 +25,8 @@ class Meter(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Ran:
-    """That a part ran: on which rows of the original batch, and how many units of it for each."""
-
-    owner: nn.Module
-    visit: int
-    choice: str
-    rows: Tensor | None
-    units: Tensor | None
+Ran = tuple[nn.Module, int, str, Tensor | None, Tensor | None]
+"""That a part ran: its owner, visit and choice, on which rows of the original batch, and units of it for each."""
 
 
 class Tape:
@@ -51,6 +44,13 @@ class Tape:
         """How many decisions of ``site`` are on the tape."""
         return self.counts.get(id(site), 0)
 
+    def decided(self, site: nn.Module, decision: Decision) -> None:
+        """Note what ``site`` decided."""
+        if self.grad:
+            _refuse_lost_gradient(site)
+        self.decisions.append((site, decision))
+        self.counts[id(site)] = decision.visit + 1
+
 
 class _State(threading.local):
     tape: Tape | None = None
@@ -64,6 +64,11 @@ _state = _State()
 def tape() -> Tape | None:
     """The open tape of this thread, if any."""
     return _state.tape
+
+
+def here() -> _State:
+    """Tape, rows and reached of this thread in one look, for who needs them all."""
+    return _state
 
 
 def rows() -> Tensor | None:
@@ -91,48 +96,69 @@ class opened:
         _state.tape, _state.rows, _state.reached = self.before
 
 
-class part:
+def part(
+    owner: nn.Module, visit: int, choice: str, *,
+    index: Tensor | None = None, reached: Tensor | None = None, units: Tensor | None = None,
+) -> AbstractContextManager[None]:  # fmt: skip
     """Inside, the part ``choice`` of ``owner`` runs, on the rows ``index`` of those in flight (None: on all).
 
     ``reached`` narrows who would really come here (masked form); ``units`` is how much of the part each row runs.
     """
+    # Without a tape nobody reads what is written, so most calls pay nothing; and a masked executor can be traced inside
+    # torch.cond, which allows no side effect. An index counts always: it renumbers the rows in flight.
+    if index is None:
+        open_tape = _state.tape
+        if open_tape is None:
+            return _NOTHING
+        if reached is None and open_tape.meter is None:
+            open_tape.ran.append((owner, visit, choice, _state.rows, units))
+            return _NOTHING
+    return _Part(owner, visit, choice, index, reached, units)
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+class _Part:
+    """Notes that a part runs, and renumbers the rows in flight until it ends."""
 
     def __init__(
-        self, owner: nn.Module, visit: int, choice: str, *,
-        index: Tensor | None = None, reached: Tensor | None = None, units: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        owner: nn.Module,
+        visit: int,
+        choice: str,
+        index: Tensor | None,
+        reached: Tensor | None,
+        units: Tensor | None,
+    ) -> None:
         self.owner, self.visit, self.choice = owner, visit, choice
         self.index, self.reached, self.units = index, reached, units
 
     def __enter__(self) -> None:
         open_tape = _state.tape
-        # Who is reached matters only to a tape; without one and without an index nothing is written, so that a masked
-        # executor can be traced inside torch.cond, which allows no side effect.
         self.before = (_state.rows, _state.reached)
-        self.moved = self.index is not None or (self.reached is not None and open_tape is not None)
         if self.index is not None:
             _state.rows = self.index if _state.rows is None else _state.rows.index_select(0, self.index)
             if _state.reached is not None:
                 _state.reached = _state.reached.index_select(0, self.index)
         # Rows in flight with an index of their own may hold a dummy, which counts without a tape too.
-        if self.reached is not None and (open_tape is not None or self.index is not None):
+        if self.reached is not None:
             _state.reached = self.reached if _state.reached is None else self.reached & _state.reached
         self.meter = None if open_tape is None else open_tape.meter
         if open_tape is not None:
-            open_tape.ran.append(Ran(self.owner, self.visit, self.choice, _state.rows, self.units))
+            open_tape.ran.append((self.owner, self.visit, self.choice, _state.rows, self.units))
         if self.meter is not None:
             self.meter.enter(self.owner, self.visit, self.choice)
 
     def __exit__(self, *_: object) -> None:
-        if self.moved:
-            _state.rows, _state.reached = self.before
+        _state.rows, _state.reached = self.before
         if self.meter is not None:
             self.meter.leave()
 
 
-def _refuse_lost_gradient(open_tape: Tape, module: nn.Module) -> None:
+def _refuse_lost_gradient(module: nn.Module) -> None:
     """Reentrant checkpointing runs the forward without gradients: a loss read from the trace would lose its own."""
-    if open_tape.grad and module.training and not torch.is_grad_enabled():
+    if module.training and not torch.is_grad_enabled():
         raise PliantError(
             got="a decision made without gradients inside a recording that wants them",
             expected="gradients on for the whole recorded call",
@@ -140,16 +166,10 @@ def _refuse_lost_gradient(open_tape: Tape, module: nn.Module) -> None:
         )
 
 
-def write_decision(site: nn.Module, decision: Decision) -> None:
-    """Note what ``site`` decided, if anybody records."""
-    if _state.tape is not None:
-        _refuse_lost_gradient(_state.tape, site)
-        _state.tape.decisions.append((site, decision))
-        _state.tape.counts[id(site)] = _state.tape.visits(site) + 1
-
-
 def write_exit(owner: nn.Module, logits: Any) -> None:
     """Note the logits of an exit that ran, if anybody records."""
-    if _state.tape is not None:
-        _refuse_lost_gradient(_state.tape, owner)
-        _state.tape.exits.append((logits, _state.rows, _state.reached))
+    open_tape = _state.tape
+    if open_tape is not None:
+        if open_tape.grad:
+            _refuse_lost_gradient(owner)
+        open_tape.exits.append((logits, _state.rows, _state.reached))

@@ -60,13 +60,36 @@ def install(accountant: Accountant) -> None:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one call decided (visits), answered (exits) and executed (notes), over a batch of ``batch`` rows."""
+    """What one call decided (visits), answered (exits) and executed (notes), over a batch of ``batch`` rows.
+
+    A recorded call's trace is put together when it's first read: that takes longer than writing it down.
+    """
 
     visits: Mapping[str, tuple[Decision, ...]]
     exits: tuple[Exit, ...]
     notes: tuple[Note, ...]
     batch: int
     accounts: Accounts | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def later(cls, model: nn.Module, written: tape.Tape, batch: int, accounts: Accounts | None) -> Trace:
+        """The trace of what was written during a call of ``model``."""
+        trace = cls.__new__(cls)
+        vars(trace).update(batch=batch, accounts=accounts, _unread=(model, written))
+        return trace
+
+    def __getattr__(self, name: str) -> Any:
+        unread = vars(self).get("_unread")
+        if unread is not None and name in ("visits", "exits", "notes"):
+            vars(self).update(_read(*unread))
+            vars(self).pop("_unread", None)
+        if name not in vars(self):  # another thread may have read it in between
+            raise AttributeError(f"a trace has no {name!r}")
+        return vars(self)[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All that was recorded, without the model it was recorded from."""
+        return {"visits": self.visits, "exits": self.exits, "notes": self.notes} | vars(self)
 
     def __getitem__(self, site: str) -> tuple[Decision, ...]:
         """All visits of ``site``, in order."""
@@ -142,6 +165,8 @@ pytree.register_pytree_node(
 
 def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """Rows of a call: the first dimension of its first tensor."""
+    if args and isinstance(args[0], Tensor) and args[0].ndim:
+        return args[0].shape[0]
     for leaf in pytree.tree_leaves((args, dict(kwargs))):
         if isinstance(leaf, Tensor) and leaf.ndim:
             return leaf.shape[0]
@@ -161,42 +186,60 @@ class Recorder(nn.Module):
         with tape.opened(written):
             y = self.model(*args, **kwargs)
         accounts = _accountant[0](self.model, args, kwargs) if _accountant else None
-        return y, _read(self.model, written, batch_of(args, kwargs), accounts)
+        trace = Trace.later(self.model, written, batch_of(args, kwargs), accounts)
+        if torch.compiler.is_compiling():
+            trace = Trace(trace.visits, trace.exits, trace.notes, trace.batch, accounts)
+        return y, trace
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, dict[int, str]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[str, str]]] = weakref.WeakKeyDictionary()
 
 
-def _holds(model: nn.Module, path: str | None, module: nn.Module) -> bool:
+def _holds(model: nn.Module, path: str, module: nn.Module) -> bool:
     """Whether ``path``, as found before, still leads to ``module``."""
-    here: nn.Module | None = None if path is None else model
-    for name in (path or "").split(".") if path else ():
+    here: nn.Module | None = model
+    for name in path.split(".") if path else ():
         here = None if here is None else here._modules.get(name)  # pyright: ignore[reportPrivateUsage]
     return here is module
 
 
-def _paths(model: nn.Module, owners: dict[int, nn.Module]) -> dict[int, str]:
+def _paths(model: nn.Module, written: tape.Tape) -> dict[int, str]:
     """The clean path of every owner. A walk over all modules costs more than the recording, so what it found is kept
     beside the model and each path is looked up before it's used again."""
-    if torch.compiler.is_compiling():
-        return {id(module): clean(name) for name, module in named(model) if id(module) in owners}
-    known = _known.get(model, {})
-    if not all(_holds(model, known.get(key), owner) for key, owner in owners.items()):
-        known = known | {id(module): name for name, module in named(model) if id(module) in owners}
-        _known[model] = known
-    return {key: clean(known[key]) for key in owners}
+    owners = {id(site): site for site, _ in written.decisions}
+    for owner, *_ in written.ran:
+        owners[id(owner)] = owner
+    known = {} if torch.compiler.is_compiling() else _known.get(model, {})
+    found: dict[int, str] = {}
+    for key, owner in owners.items():
+        path, cleaned = known.get(key, (None, ""))
+        if path is None or not _holds(model, path, owner):
+            break
+        found[key] = cleaned
+    if len(found) < len(owners):
+        known = known | {id(module): (name, clean(name)) for name, module in named(model) if id(module) in owners}
+        if not torch.compiler.is_compiling():
+            _known[model] = known
+        if not owners.keys() <= known.keys():
+            raise PliantError(
+                got="a trace of sites that are no longer in the model",
+                expected="the model as it was when the call was recorded",
+                do="read the trace (list(trace)) before taking its model apart",
+            )
+        found = {key: known[key][1] for key in owners}
+    return found
 
 
-def _read(model: nn.Module, written: tape.Tape, batch: int, accounts: Accounts | None) -> Trace:
-    """Turn what was written into a trace: owners become paths, visits of a site come together."""
-    owners = {id(site): site for site, _ in written.decisions} | {id(ran.owner): ran.owner for ran in written.ran}
-    paths = _paths(model, owners)
+def _read(model: nn.Module, written: tape.Tape) -> dict[str, Any]:
+    """Turn what was written into a trace's fields: owners become paths, visits of a site come together."""
+    paths = _paths(model, written)
     visits: dict[str, tuple[Decision, ...]] = {}
     for site, decision in written.decisions:
-        visits[paths[id(site)]] = (*visits.get(paths[id(site)], ()), decision)
-    exits = tuple(Exit(*e) for e in written.exits)
-    notes = tuple(Note(paths[id(r.owner)], r.visit, r.choice, r.rows, r.units) for r in written.ran)
-    return Trace(visits, exits, notes, batch, accounts)
+        path = paths[id(site)]
+        visits[path] = (*visits[path], decision) if decision.visit else (decision,)
+    exits = tuple([Exit(*e) for e in written.exits])
+    notes = tuple([Note(paths[id(ran[0])], *ran[1:]) for ran in written.ran])
+    return {"visits": visits, "exits": exits, "notes": notes}
 
 
 def record(model: nn.Module) -> Recorder:

@@ -96,9 +96,13 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """The inputs of a call with each tensor replaced by what it's like."""
-    return pytree.tree_map(
-        lambda t: Like(tuple(t.shape), t.dtype, t.device) if isinstance(t, Tensor) else t, (args, dict(kwargs))
-    )
+
+    def like(t: Any) -> Any:
+        return Like(tuple(t.shape), t.dtype, t.device) if isinstance(t, Tensor) else t
+
+    if not kwargs and all(isinstance(t, Tensor) for t in args):  # most calls; the tree map costs as much as recording
+        return tuple(like(t) for t in args), {}
+    return pytree.tree_map(like, (args, dict(kwargs)))
 
 
 def _rows(call: Call) -> int:

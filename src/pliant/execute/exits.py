@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pliant.core import tape
+from pliant.core.decision import Decision
 from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
 from pliant.core.site import Score, Site
@@ -18,21 +20,27 @@ from pliant.execute import rows
 class Answer(nn.Module):
     """Which answer a row takes away: that of the exit where it leaves. Wrap or replace for other choices."""
 
-    def step(self, logits: Tensor, memory: Any) -> tuple[Tensor, Tensor, Any]:
-        """From this exit's logits: the answer of a row that leaves here, that of one for whom it's the last exit, memory."""
-        return logits, logits, memory
+    def step(self, logits: Tensor, memory: Any) -> tuple[Tensor, Any]:
+        """From an exit's logits: the answer of a row that leaves here, and what later exits must know, rows first."""
+        return logits, memory
+
+    def last(self, logits: Tensor, memory: Any) -> Tensor:
+        """The answer of a row that no exit let go, from the last logits and what the exits before handed on."""
+        return logits
 
 
 class MostConfident(Answer):
     """A row that no exit was sure of takes the answer of the surest exit (Shallow-Deep Networks' fall-back).
 
+    Rows that leave early cost nothing more: only those that come to the end have their exits' logits compared.
+
     Args:
-        score: a confidence score; the exit with the lowest wish to go on wins, the earlier one in a tie.
+        score: a confidence score; the exit with the lowest wish to go on wins, the earlier one in a tie, NaN never.
 
     >>> import pliant
     >>> answer = MostConfident(pliant.scores.MaxProbability())
-    >>> _, _, memory = answer.step(torch.tensor([[3.0, 0.0]]), None)
-    >>> answer.step(torch.tensor([[0.0, 1.0]]), memory)[1]
+    >>> _, memory = answer.step(torch.tensor([[3.0, 0.0]]), None)
+    >>> answer.last(torch.tensor([[0.0, 1.0]]), memory)
     tensor([[3., 0.]])
     """
 
@@ -40,16 +48,15 @@ class MostConfident(Answer):
         super().__init__()
         self.score = score
 
-    def step(self, logits: Tensor, memory: Any) -> tuple[Tensor, Tensor, Any]:
-        """Keep the surest logits so far beside the way on."""
-        doubt = self.score(logits)
-        if memory is not None:
-            surer = doubt < memory[0]
-            doubt = torch.where(surer, doubt, memory[0])
-            best = torch.where(surer.unsqueeze(-1), logits, memory[1])
-        else:
-            best = logits
-        return logits, best, (doubt, best)
+    def step(self, logits: Tensor, memory: Any) -> tuple[Tensor, Any]:
+        """Hand the logits on."""
+        return logits, [*(memory or ()), logits]
+
+    def last(self, logits: Tensor, memory: Any) -> Tensor:
+        """The logits of the surest exit."""
+        exits = torch.stack([*(memory or ()), logits])
+        surest = self.score(exits).nan_to_num(nan=math.inf, posinf=math.inf).argmin(0)
+        return exits.gather(0, surest[None, :, None].expand(1, *logits.shape)).squeeze(0)
 
 
 class Exits(Executor):
@@ -108,42 +115,55 @@ class Exits(Executor):
 
     def masked(self, x: Any, given: Tensor | None = None) -> Tensor:
         """Every stage and every exit for every row, mixed by the values."""
-        return self._rest(0, [x, given, None, None], self._go_on_masked)
+        return self._rest(self._links(), _go_on_masked, 0, [x, given, None, None])
 
     def gathered(self, x: Any, given: Tensor | None = None) -> Tensor:
         """Only what the rows still there need."""
-        return self._rest(0, [x, given, None, None], self._go_on_gathered)
+        return self._rest(self._links(), _go_on_gathered, 0, [x, given, None, None])
 
-    def _rest(self, k: int, state: list[Any], go_on: Any) -> Tensor:
+    def _links(self) -> _Links:
+        """What every exit needs, looked up once a call: in each exit anew it would cost as much as the decision."""
+        return list(zip(self.stages, self.heads, [*self.sites, None], strict=True))  # pyright: ignore[reportReturnType]
+
+    def _rest(self, links: _Links, go_on: _GoOn, k: int, state: list[Any]) -> Tensor:
         """Stage ``k``, its exit, and for the rows that go on the rest: naturally recursive, so it nests and exports.
 
         ``state`` is what the chain carries: features, plan, the scorers' carry, the answers' memory. It's emptied here, since
         the frames below live until the last stage is done and would hold features that nobody needs any longer.
         """
+        stage, head, site = links[k]
         x, given, carry, memory = state
         state.clear()
-        x = self.stages[k](x)
-        logits = self.heads[k](x)
-        tape.write_exit(self, logits)
-        early, last, memory = self.answer.step(logits, memory)
-        if k == len(self.sites):
-            return last
-        decision = self.sites[k](logits, given=None if given is None else given[:, k], carry=carry)
+        x = stage(x)
+        logits = head(x)
+        if tape.tape() is not None:
+            tape.write_exit(self, logits)
+        if site is None:
+            return self.answer.last(logits, memory)
+        early, memory = self.answer.step(logits, memory)
+        decision = site(logits, given=None if given is None else given[:, k], carry=carry)
         state = [x, given, decision.carry, memory]
         del x
-        return go_on(k, decision, early, state)
 
-    def _go_on_masked(self, k: int, decision: Any, early: Tensor, state: list[Any]) -> Tensor:
-        def rest(state: list[Any]) -> Tensor:
-            return self._rest(k + 1, state, self._go_on_masked)
-
-        later = rows.run_masked(self.sites[k], decision, 1, rest, state)  # pyright: ignore[reportArgumentType]
-        return rows.mix(decision, later, early)
-
-    def _go_on_gathered(self, k: int, decision: Any, early: Tensor, state: list[Any]) -> Tensor:
         def rest(chosen: list[Any]) -> Tensor:
             if chosen is not state:
                 state.clear()
-            return self._rest(k + 1, chosen, self._go_on_gathered)
+            return self._rest(links, go_on, k + 1, chosen)
 
-        return rows.run_some(self.sites[k], decision, rest, (state,), rows.replaced, lambda: early)  # pyright: ignore[reportArgumentType]
+        return go_on(site, decision, rest, state, early)
+
+
+_Links = list[tuple[nn.Module, nn.Module, Site | None]]
+_GoOn = Callable[[Site, Decision, Callable[[list[Any]], Tensor], list[Any], Tensor], Tensor]
+
+
+def _go_on_masked(
+    site: Site, decision: Decision, rest: Callable[[list[Any]], Tensor], state: list[Any], early: Tensor
+) -> Tensor:
+    return rows.mix(decision, rows.run_masked(site, decision, 1, rest, state), early)
+
+
+def _go_on_gathered(
+    site: Site, decision: Decision, rest: Callable[[list[Any]], Tensor], state: list[Any], early: Tensor
+) -> Tensor:
+    return rows.run_some(site, decision, rest, (state,), rows.replaced, lambda: early)

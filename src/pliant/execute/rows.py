@@ -19,16 +19,34 @@ Rows = Any
 
 
 def select(state: Rows, index: Tensor) -> Rows:
-    """The rows ``index`` of every tensor in ``state``.
+    """The rows ``index`` of every tensor in ``state``: views where a few stand side by side, else copies.
 
     >>> select([torch.arange(3), None], torch.tensor([2, 0]))
     [tensor([2, 0]), None]
     """
+    start = _side_by_side(index)
+    if start is None:
+        return _each(state, lambda t: _rows(t, index))
+    return _each(state, lambda t: t.narrow(0, start, index.shape[0]))
+
+
+_FEW = 64  # above as many, rows side by side are too rare to look for
+
+
+def _side_by_side(index: Tensor) -> int | None:
+    """The first of ``index`` if the others follow on it one by one. One row alone always does."""
+    if torch.compiler.is_compiling() or not index.is_cpu or not 0 < index.shape[0] <= _FEW:
+        return None
+    found = index.tolist()
+    return found[0] if found == list(range(found[0], found[0] + len(found))) else None
+
+
+def _each(state: Rows, pick: Callable[[Tensor], Tensor]) -> Rows:
     if isinstance(state, Tensor):
-        return _rows(state, index)
+        return pick(state)
     if type(state) in (list, tuple):  # by hand, since a tree map costs as much as choosing the rows
-        return type(state)([select(t, index) if t is not None else None for t in state])
-    return pytree.tree_map(lambda t: _rows(t, index) if isinstance(t, Tensor) else t, state)
+        return type(state)([_each(t, pick) if t is not None else None for t in state])
+    return pytree.tree_map(lambda t: pick(t) if isinstance(t, Tensor) else t, state)
 
 
 def _rows(t: Tensor, index: Tensor) -> Tensor:
@@ -94,12 +112,20 @@ def run_some(
     """
     if torch.compiler.is_exporting():
         return _run_exported(site, decision, 1, run, state, put, into)
-    index = decision.value.detach().nonzero().squeeze(1)
-    if index.shape[0] == 0:
+    value = decision.value
+    if value.shape[0] == 1:  # all or nothing: asked of the number itself, since every operator costs one row a lot
+        index, chosen = value, int(value.item() != 0)
+    else:
+        index = value.nonzero()
+        chosen = index.shape[0]
+    if chosen == 0:
         return into()
-    if index.shape[0] == decision.value.shape[0]:
+    if chosen == value.shape[0]:
+        if tape.tape() is None:
+            return put(into(), None, run(*state), decision)
         with tape.part(site, decision.visit, "1"):
             return put(into(), None, run(*state), decision)
+    index = index.squeeze(1)
     with tape.part(site, decision.visit, "1", index=index):
         part = run(*select(state, index))
     return put(into(), index, part, decision)
