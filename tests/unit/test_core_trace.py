@@ -42,8 +42,9 @@ def test_a_trace_is_put_together_when_read_and_holds_on_to_no_model() -> None:
     model = built("exits")
     x = torch.randn(3, WIDTH)
     gone = weakref.ref(model)
-    _, trace = pliant.record(model)(x)
-    _, kept = pliant.record(model)(x)
+    with torch.no_grad():
+        _, trace = pliant.record(model)(x)
+        _, kept = pliant.record(model)(x)
     twin = pickle.loads(pickle.dumps(replace(kept, accounts=None)))
     assert [d.value.tolist() for v in twin.visits.values() for d in v] == [
         d.value.tolist() for v in kept.visits.values() for d in v
