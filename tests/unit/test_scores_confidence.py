@@ -103,3 +103,11 @@ def test_gates_score_each_row(gate: type) -> None:
     assert s.shape == (5,)
     torch.testing.assert_close(made(x[2:3])[0], s[2])
     assert (s > 0).all()  # gates start open
+
+
+@pytest.mark.parametrize("score", [scores.MaxProbability(), scores.Entropy(), scores.Margin()])
+def test_a_class_that_is_ruled_out_counts_for_nothing(score: scores.MaxProbability) -> None:
+    logits = torch.tensor([[1.0, 0.5, -float("inf")], [float("nan"), 0.0, 0.0]])
+    found = score(logits)
+    assert 0 < float(found[0]) < 1
+    assert found[1].isnan()

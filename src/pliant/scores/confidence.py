@@ -73,7 +73,8 @@ class Entropy(_Confidence):
     def forward(self, x: Tensor) -> Tensor:
         """Scores of logits ``x``."""
         log_p = self.scaled(x).log_softmax(-1)
-        return -(log_p.exp() * log_p).sum(-1) / math.log(x.shape[-1])
+        # A class that is ruled out (a logit of -inf) adds nothing, where 0 times -inf would be NaN.
+        return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1) / math.log(x.shape[-1])
 
 
 class Margin(_Confidence):
