@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pliant import PliantError
+from pliant.core.site import Score
 from pliant.scores import Entropy, LinearGate, Margin, MaxProbability, MLPGate, Patience, Pooled
 
 
@@ -105,8 +106,8 @@ def test_gates_score_each_row(gate: type) -> None:
     assert (s > 0).all()  # gates start open
 
 
-@pytest.mark.parametrize("score", [scores.MaxProbability(), scores.Entropy(), scores.Margin()])
-def test_a_class_that_is_ruled_out_counts_for_nothing(score: scores.MaxProbability) -> None:
+@pytest.mark.parametrize("score", [MaxProbability(), Entropy(), Margin()])
+def test_a_class_that_is_ruled_out_counts_for_nothing(score: Score) -> None:
     logits = torch.tensor([[1.0, 0.5, -float("inf")], [float("nan"), 0.0, 0.0]])
     found = score(logits)
     assert 0 < float(found[0]) < 1
