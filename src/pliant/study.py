@@ -86,9 +86,9 @@ RECIPES: dict[str, Recipe] = {
         _sgd(10),
         static={"base": (1, 2, 3, 4, 5), "channels": (2, 4, 6, 8)},
     ),
-    "fashion_mnist": Recipe("msdnet", _IMAGES, _sgd(4), rows=10_000, augment=(RandomFlip(),), static=_STATIC_IMAGES),
+    "fashion_mnist": Recipe("msdnet", _IMAGES, _sgd(3), rows=6_000, augment=(RandomFlip(),), static=_STATIC_IMAGES),
     "cifar10": Recipe(
-        "msdnet", _IMAGES, _sgd(8), rows=10_000, augment=(RandomCrop(4), RandomFlip()), static=_STATIC_IMAGES
+        "msdnet", _IMAGES, _sgd(5), rows=6_000, augment=(RandomCrop(4), RandomFlip()), static=_STATIC_IMAGES
     ),
 }
 
