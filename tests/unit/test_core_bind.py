@@ -11,7 +11,7 @@ from torch import nn
 
 import pliant
 from nets import WIDTH, built
-from pliant import PliantError, rules
+from pliant import PliantError, rules, scores
 from pliant.core.bind import clean
 
 
@@ -115,3 +115,25 @@ def test_errors_tell_all_and_survive_pickling() -> None:
     assert isinstance(error, ValueError)
     assert (twin.got, twin.expected, twin.do, twin.site) == ("a", "b", "c", "s")
     assert str(copy.copy(error)) == str(error)
+
+
+def test_bind_gives_sites_other_scores_alone_or_with_a_rule() -> None:
+    model = built("exits")
+    before = {path: (site.scorer, site.rule) for path, site in pliant.sites(model).items()}
+    bound = pliant.bind(model, {"sites.0": scores.Entropy(), "*": (scores.Margin(), rules.Threshold(0.25))})
+    found = pliant.sites(bound)
+    assert [type(site.scorer) for site in found.values()] == [scores.Entropy, scores.Margin]
+    assert float(found["sites.1"].rule.threshold) == 0.25  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    assert type(found["sites.0"].rule) is type(before["sites.0"][1])
+    assert {path: (site.scorer, site.rule) for path, site in pliant.sites(model).items()} == before
+    x = torch.randn(4, WIDTH)
+    _, trace = pliant.record(pliant.masked(bound))(x)
+    logits = trace.exits[0].logits
+    assert torch.equal(trace["sites.0"][0].scores, scores.Entropy()(logits))  # pyright: ignore[reportArgumentType]
+
+
+def test_each_site_gets_a_score_of_its_own() -> None:
+    bound = pliant.bind(built("exits"), {"*": scores.Entropy()})
+    first, second = (site.scorer for site in pliant.sites(bound).values())
+    first.temperature.fill_(2.0)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    assert float(second.temperature) == 1.0  # pyright: ignore[reportArgumentType]

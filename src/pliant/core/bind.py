@@ -12,7 +12,7 @@ from torch import nn
 
 from pliant.core.errors import PliantError
 from pliant.core.executor import Executor, Form
-from pliant.core.site import Rule, Site
+from pliant.core.site import Rule, Score, Site
 
 # What wrappers put into paths; a site keeps its name inside them.
 _WRAPPERS = (
@@ -63,36 +63,48 @@ def share(model: nn.Module) -> Any:
     return copy.deepcopy(model, memo)
 
 
-def bind(model: nn.Module, rules: Mapping[str, Rule]) -> Any:
-    r"""A copy of ``model`` that shares every parameter and has other rules at the sites that match.
+Part = Rule | Score
+"""What bind puts into a site: another rule, or another scorer."""
+
+
+def bind(model: nn.Module, parts: Mapping[str, Part | tuple[Part, ...]]) -> Any:
+    r"""A copy of ``model`` that shares every parameter and has other rules, or other scores, at the sites that match.
 
     Force, replay, ablate, budget and anneal are rules. The model itself isn't touched. Bind before wrapping in DDP or FSDP.
 
     Args:
         model: any module with sites.
-        rules: from a pattern on site paths (``*`` and ``?`` as in file names) to the rule that shall decide there;
-            where several patterns match a site, the first one in the mapping wins.
+        parts: from a pattern on site paths (``*`` and ``?`` as in file names) to the rule that shall decide there, the
+            score that it shall read, or a tuple of both; every site gets copies of its own. Where several patterns match
+            a site, the first one in the mapping wins.
 
     Returns:
         A module of the same type.
 
     Raises:
-        PliantError: where a pattern matches no site, or a value isn't a rule.
+        PliantError: where a pattern matches no site, or a value is neither a rule nor a score.
 
     >>> import pliant
     >>> model = pliant.create_model("msdnet", num_classes=4, exits=3, base=1, step=1, channels=4)
     >>> dense = bind(model, {"*": pliant.rules.Always()})
     >>> next(dense.parameters()) is next(model.parameters())
     True
+    >>> doubtful = bind(model, {"*": pliant.scores.Entropy()})
+    >>> type(pliant.sites(doubtful)["sites.0"].scorer).__name__, type(pliant.sites(doubtful)["sites.0"].rule).__name__
+    ('Entropy', 'Threshold')
     """
-    for pattern, rule in rules.items():
-        if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise PliantError(
-                got=f"a {type(rule).__name__} for {pattern!r}", expected="a Rule", do="pass e.g. pliant.rules.Always()"
-            )
+    chosen = {pattern: value if isinstance(value, tuple) else (value,) for pattern, value in parts.items()}
+    for pattern, values in chosen.items():
+        for value in values:
+            if not isinstance(value, (Rule, Score)):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise PliantError(
+                    got=f"a {type(value).__name__} for {pattern!r}",
+                    expected="a Rule, a Score, or a tuple of them",
+                    do="pass e.g. pliant.rules.Always()",
+                )
     bound = share(model)
     found = sites(bound)
-    for pattern in rules:
+    for pattern in chosen:
         if not any(fnmatchcase(path, pattern) for path in found):
             raise PliantError(
                 got=f"the pattern {pattern!r}",
@@ -101,12 +113,15 @@ def bind(model: nn.Module, rules: Mapping[str, Rule]) -> Any:
                 do="see pliant.sites(model) for the paths",
             )
     for path, site in found.items():
-        for pattern, rule in rules.items():
-            if fnmatchcase(path, pattern):
-                # The rule takes the site's mode: a fresh estimator would sample inside a network in evaluation.
-                site.rule = copy.deepcopy(rule).train(site.training)
-                site.rule.attach(path)
-                break
+        values = next((values for pattern, values in chosen.items() if fnmatchcase(path, pattern)), ())
+        for value in values:
+            # A part takes the site's mode: a fresh estimator would sample inside a network in evaluation.
+            fresh = copy.deepcopy(value).train(site.training)
+            if isinstance(fresh, Rule):
+                site.rule = fresh
+                fresh.attach(path)
+            else:
+                site.scorer = fresh
     return bound
 
 
