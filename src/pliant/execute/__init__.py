@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from pliant.execute.collaboration import InlineHead, collaborative
+from pliant.execute.equilibrium import equilibrium, scale_all, scale_last
 from pliant.execute.exits import Answer, Exits, MostConfident
+from pliant.execute.heads import Linked
 from pliant.execute.skip import Residual, Skip
 
-__all__ = ["Answer", "Exits", "MostConfident", "Residual", "Skip"]
+__all__ = [
+    "Answer",
+    "Exits",
+    "InlineHead",
+    "Linked",
+    "MostConfident",
+    "Residual",
+    "Skip",
+    "collaborative",
+    "equilibrium",
+    "scale_all",
+    "scale_last",
+]

@@ -15,6 +15,7 @@ from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
 from pliant.core.site import Score, Site
 from pliant.execute import rows
+from pliant.execute.heads import Linked
 
 
 class Answer(nn.Module):
@@ -72,12 +73,13 @@ class Exits(Executor):
 
     Args:
         stages: :math:`K` modules; what one returns the next takes.
-        heads: :math:`K` classifiers, each on what its stage returned.
+        heads: :math:`K` classifiers, each on what its stage returned; a :class:`Linked` one also on the logits of the exit
+            before it.
         sites: :math:`K - 1` sites that read their exit's logits; the last exit takes whoever is left.
         answer: which answer a leaving row takes; default, its exit's.
 
     Raises:
-        PliantError: where the three lists don't fit.
+        PliantError: where the three lists don't fit, or the first head is a linked one.
 
     >>> import pliant
     >>> def site():
@@ -102,24 +104,38 @@ class Exits(Executor):
                 expected="K stages (at least one), K heads and K - 1 sites",
                 do="give every stage a head, and every head but the last a site",
             )
+        # Looked up once, since what wraps a head later (checkpointing, compiling) is of another type.
+        self.linked = [isinstance(head, Linked) for head in heads]
+        if self.linked[0]:
+            raise PliantError(
+                got="a first head that reads the logits of the exit before it",
+                expected="one that reads its stage's features alone",
+                do="link the second head and those behind it",
+            )
         self.stages = nn.ModuleList(stages)
         self.heads = nn.ModuleList(heads)
         self.sites = nn.ModuleList(sites)
         self.answer = Answer() if answer is None else answer
 
     def plain(self, x: Any) -> Tensor:
-        """The chain with its last head only."""
-        for stage in self.stages:
+        """The chain with its last head only, and those whose logits it reads."""
+        first = len(self.heads) - 1
+        while self.linked[first]:
+            first -= 1
+        said: list[Tensor] = []
+        for k, stage in enumerate(self.stages):
             x = stage(x)
-        return self.heads[-1](x)
+            if k >= first:
+                said = [self.heads[k](x, *said) if self.linked[k] else self.heads[k](x)]
+        return said[-1]
 
     def masked(self, x: Any, given: Tensor | None = None) -> Tensor:
         """Every stage and every exit for every row, mixed by the values."""
-        return self._rest(self._links(), _go_on_masked, 0, [x, given, None, None])
+        return self._rest(self._links(), _go_on_masked, 0, [x, given, None, None, None])
 
     def gathered(self, x: Any, given: Tensor | None = None) -> Tensor:
         """Only what the rows still there need."""
-        return self._rest(self._links(), _go_on_gathered, 0, [x, given, None, None])
+        return self._rest(self._links(), _go_on_gathered, 0, [x, given, None, None, None])
 
     def _links(self) -> _Links:
         """What every exit needs, looked up once a call: in each exit anew it would cost as much as the decision."""
@@ -128,21 +144,22 @@ class Exits(Executor):
     def _rest(self, links: _Links, go_on: _GoOn, k: int, state: list[Any]) -> Tensor:
         """Stage ``k``, its exit, and for the rows that go on the rest: naturally recursive, so it nests and exports.
 
-        ``state`` is what the chain carries: features, plan, the scorers' carry, the answers' memory. It's emptied here, since
-        the frames below live until the last stage is done and would hold features that nobody needs any longer.
+        ``state`` is what the chain carries: features, plan, the scorers' carry, the answers' memory, and the last logits for
+        a head that reads them. It's emptied here, since the frames below live until the last stage is done and would hold
+        features that nobody needs any longer.
         """
         stage, head, site = links[k]
-        x, given, carry, memory = state
+        x, given, carry, memory, before = state
         state.clear()
         x = stage(x)
-        logits = head(x)
+        logits = head(x) if before is None else head(x, before)
         if tape.tape() is not None:
             tape.write_exit(self, logits)
         if site is None:
             return self.answer.last(logits, memory)
         early, memory = self.answer.step(logits, memory)
         decision = site(logits, given=None if given is None else given[:, k], carry=carry)
-        state = [x, given, decision.carry, memory]
+        state = [x, given, decision.carry, memory, logits if self.linked[k + 1] else None]
         del x
 
         def rest(chosen: list[Any]) -> Tensor:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.core.errors import PliantError
+
+
+class Linked(nn.Module, ABC):
+    """A head that also reads the logits of the exit before it; ``Exits`` hands them on, row by row."""
+
+    @abstractmethod
+    def forward(self, x: Any, before: Tensor) -> Tensor:
+        """Logits from the stage's features and the last exit's logits."""
 
 
 class PooledClassifier(nn.Module):
