@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +16,9 @@ ROOT = Path(__file__).parents[1]
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Append the generated part to the pages that have one."""
-    made = {"catalogue.md": catalogue, "evidence.md": evidence, "benchmarks.md": benchmarks}.get(page.file.src_uri)
+    made = {
+        "catalogue.md": catalogue, "evidence.md": evidence, "benchmarks.md": benchmarks, "decisions.md": decisions,
+    }.get(page.file.src_uri)  # fmt: skip
     return markdown if made is None else markdown + "\n\n" + made()
 
 
@@ -62,6 +66,54 @@ def evidence() -> str:
         ))  # fmt: skip
         text += [f"- {c['claim']}: {c['note']}" for c in found["claims"] if c["note"]]
     return "\n\n".join(text)
+
+
+def decisions() -> str:
+    """The tables that compare ways to decide and ways to train a decision, each with its picture."""
+    text: list[str] = []
+    for id in ("estimators", "exit_criteria"):
+        path = ROOT / "evidence" / "results" / f"{id}.json"
+        if not path.is_file():
+            continue
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for table in found["tables"]:
+            text.append(f"## {table['title']}")
+            text.append(_table(tuple(table["columns"]), [tuple(map(_number, row)) for row in table["rows"]]))
+            if table["plot"]:
+                text.append(picture(table))
+        text.append(
+            f"{found['data']}. Seeds {found['seeds']}, {found['seconds']:.0f} s, torch {found['versions']['torch']}, "
+            f"commit {found['commit']}. Again: `pliant reproduce {id}`; its claims are [here](evidence.md#{id})."
+        )
+    return "\n\n".join(text or ["No results yet."])
+
+
+def _number(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def picture(table: dict[str, Any]) -> str:
+    """A scatter plot of two of the table's columns, its rows by name, as an image in the page."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "pliant"  # the same picture for the same figures
+    from matplotlib import pyplot
+
+    across, up = (table["columns"].index(name) for name in table["plot"])
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    marks = "os^vD<>ph*PX"
+    for i, row in enumerate(r for r in table["rows"] if isinstance(r[across], float) and isinstance(r[up], float)):
+        axes.plot(row[across], row[up], marks[i % len(marks)], label=row[0])
+    axes.set_xlabel(table["plot"][0])
+    axes.set_ylabel(table["plot"][1])
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    written = io.BytesIO()
+    figure.savefig(written, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    code = base64.b64encode(written.getvalue()).decode("ascii")
+    return f'<img alt="{table["title"]}: {table["plot"][1]} over {table["plot"][0]}" src="data:image/svg+xml;base64,{code}">'
 
 
 def benchmarks() -> str:

@@ -41,6 +41,33 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Table:
+    """What was measured beside the claims, for the documentation to show.
+
+    Args:
+        title: what it shows, in a sentence.
+        columns: their names; the first names the rows.
+        rows: numbers as measured, words as they are.
+        plot: the columns that stand across and up in its picture; None draws none.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float]]
+    plot: tuple[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        wrong = [len(row) for row in self.rows if len(row) != len(self.columns)]
+        unknown = [name for name in self.plot or () if name not in self.columns]
+        if wrong or unknown:
+            raise PliantError(
+                got=f"rows of {wrong} cells" if wrong else f"a plot of {unknown}",
+                expected=f"{len(self.columns)} cells, and columns of the table: " + ", ".join(self.columns),
+                do=f"mend the table {self.title!r}",
+            )
+
+
+@dataclass(frozen=True)
 class Lab:
     """What a file in evidence/ is given: where the data is, and whom to tell.
 
@@ -110,7 +137,8 @@ def _declared(id: str, folder: Path) -> ModuleType:
 def reproduce(id: str, *, folder: Path, root: Path | None, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
     """Run the claims of ``folder/ID.py`` and write ``folder/results/ID.json``.
 
-    The file declares ``DATA`` (the name of the data and its limits), ``SEEDS``, and ``run(lab) -> list[Claim]``.
+    The file declares ``DATA`` (the name of the data and its limits), ``SEEDS``, and ``run(lab)``, which returns claims, and
+    tables among them.
 
     Args:
         id: of the system.
@@ -126,9 +154,10 @@ def reproduce(id: str, *, folder: Path, root: Path | None, progress: Callable[[s
     """
     module = _declared(id, folder)
     at, start = commit(folder), time.perf_counter()
-    claims: list[Claim] = module.run(Lab(root, progress))
+    found: list[Claim | Table] = module.run(Lab(root, progress))
     result = {
-        "id": id, "data": module.DATA, "claims": [asdict(c) for c in claims], "seeds": list(module.SEEDS),
+        "id": id, "data": module.DATA, "claims": [asdict(c) for c in found if isinstance(c, Claim)],
+        "tables": [asdict(t) for t in found if isinstance(t, Table)], "seeds": list(module.SEEDS),
         "seconds": round(time.perf_counter() - start, 1), "versions": versions(), "commit": at,
     }  # fmt: skip
     write_json(folder / "results" / f"{id}.json", result)

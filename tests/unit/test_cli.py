@@ -8,6 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pliant.cli import app
+from pliant.core.errors import PliantError
+from pliant.reproduce import Table
 
 run = CliRunner()
 
@@ -78,6 +80,20 @@ def test_demo_prints_the_table_and_writes_the_report(tmp_path):
         assert row["seconds_dense"] > 0
         assert sum(row["histogram"]) == 359
     assert page.is_file()
+
+
+def test_reproduce_writes_tables_beside_the_claims(tmp_path):
+    (tmp_path / "table.py").write_text(
+        "from pliant.reproduce import Claim, Table\nDATA, SEEDS = 'nothing', (0,)\n"
+        "def run(lab):\n    return [Claim('a', '1', '1', True), Table('t', ('name', 'x'), [('a', 1.0)], ('x', 'x'))]\n"
+    )
+    result = json.loads(said("reproduce", "table", "--evidence", str(tmp_path), "--json"))
+    assert len(result["claims"]) == 1
+    assert result["tables"] == [{"title": "t", "columns": ["name", "x"], "rows": [["a", 1.0]], "plot": ["x", "x"]}]
+    with pytest.raises(PliantError, match="rows of \\[1\\] cells"):
+        Table("t", ("name", "x"), [("a",)])
+    with pytest.raises(PliantError, match="a plot of \\['y'\\]"):
+        Table("t", ("name", "x"), [], ("x", "y"))
 
 
 def test_reproduce_writes_claims_and_says_failed_with_1(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -23,3 +25,33 @@ def test_readme_says_the_two_commands():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "make demo" in text
     assert "make test" in text
+
+
+def hooks(monkeypatch, tmp_path, tables):
+    """The site's generator, over a made result."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = tmp_path / "evidence" / "results"
+    folder.mkdir(parents=True)
+    result = {"id": "estimators", "data": "made", "claims": [], "tables": tables, "seeds": [0], "seconds": 1.0,
+              "versions": {"torch": "2"}, "commit": "abc"}  # fmt: skip
+    (folder / "estimators.json").write_text(json.dumps(result), encoding="utf-8")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    return module
+
+
+def test_a_table_of_evidence_comes_with_its_picture(monkeypatch, tmp_path):
+    table = {"title": "T", "columns": ["name", "cost", "accuracy"], "plot": ["cost", "accuracy"],
+             "rows": [["a", 0.5, 0.81234567], ["b", 0.6, 0.9], ["c", "not run", 0.9]]}  # fmt: skip
+    page = hooks(monkeypatch, tmp_path, [table]).decisions()
+    assert "| a | 0.5 | 0.8123 |" in page
+    assert "| c | not run | 0.9 |" in page
+    assert page.count("data:image/svg+xml;base64,") == 1
+    assert page == hooks(monkeypatch, tmp_path / "again", [table]).decisions()
+
+
+def test_without_results_the_page_says_so(monkeypatch, tmp_path):
+    module = hooks(monkeypatch, tmp_path, [])
+    (tmp_path / "evidence" / "results" / "estimators.json").unlink()
+    assert module.decisions() == "No results yet."
