@@ -12,6 +12,7 @@ from pliant import rules
 
 SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "msdnet": ({"exits": 3, "base": 1, "step": 1, "channels": 4}, (6, 3, 32, 32)),
+    "imta": ({"exits": 3, "base": 1, "step": 1, "channels": 4}, (6, 3, 32, 32)),
     "branchynet": ({"in_chans": 1}, (6, 1, 28, 28)),
     "sdn": ({"backbone": "resnet8", "at": (0.3, 0.6)}, (6, 3, 32, 32)),
     "big_little_dnn": ({"little": "cnn2", "big": "resnet8"}, (6, 3, 32, 32)),

@@ -9,11 +9,29 @@ from torch import Tensor
 from pliant.core.errors import PliantError
 from pliant.core.trace import Trace
 from pliant.losses.cost import FlopsBudget, TargetRate
-from pliant.losses.exits import CrossEntropy, MultiExit, ramped
+from pliant.losses.distill import OneForAll, everywhere, last_exit, next_exit, previous_exit, where_right
+from pliant.losses.exits import CrossEntropy, MultiExit, by_cost, by_depth, constant, ramped
 
 Term = Callable[[Tensor, Trace, Tensor, float], Tensor]
 
-__all__ = ["CrossEntropy", "FlopsBudget", "MultiExit", "TargetRate", "Term", "Total", "ramped"]
+__all__ = [
+    "CrossEntropy",
+    "FlopsBudget",
+    "MultiExit",
+    "OneForAll",
+    "TargetRate",
+    "Term",
+    "Total",
+    "by_cost",
+    "by_depth",
+    "constant",
+    "everywhere",
+    "last_exit",
+    "next_exit",
+    "previous_exit",
+    "ramped",
+    "where_right",
+]
 
 
 class Total:

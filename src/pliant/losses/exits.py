@@ -15,6 +15,19 @@ Weights = Sequence[float] | Callable[[float], Sequence[float]] | None
 """One weight per exit, or a function of training progress in [0, 1] that gives them; None is 1 for each."""
 
 
+def weights_of(weights: Weights, progress: float, trace: Trace) -> list[float]:
+    """The weight of each recorded exit at this point of training."""
+    given = weights(progress) if callable(weights) else weights
+    found = [1.0] * len(trace.exits) if given is None else list(given)
+    if not trace.exits or len(found) != len(trace.exits):
+        raise PliantError(
+            got=f"{len(found)} weights for {len(trace.exits)} recorded exits",
+            expected="one for each, and at least one exit",
+            do="record a model with exits and give a weight to each",
+        )
+    return found
+
+
 class CrossEntropy:
     """Cross-entropy of the prediction itself.
 
@@ -50,14 +63,7 @@ class MultiExit:
 
     def __call__(self, y: Tensor, trace: Trace, target: Tensor, progress: float) -> Tensor:
         """The weighted sum over exits of the mean over the rows that reached them, in nats."""
-        weights = self.weights(progress) if callable(self.weights) else self.weights
-        weights = [1.0] * len(trace.exits) if weights is None else list(weights)
-        if not trace.exits or len(weights) != len(trace.exits):
-            raise PliantError(
-                got=f"{len(weights)} weights for {len(trace.exits)} recorded exits",
-                expected="one for each, and at least one exit",
-                do="record a model with exits and give a weight to each",
-            )
+        weights = weights_of(self.weights, progress, trace)
         losses = [
             F.cross_entropy(e.logits, target if e.rows is None else target[e.rows]) * w
             for e, w in zip(trace.exits, weights, strict=True)
@@ -83,3 +89,52 @@ def ramped(costs: Sequence[float], *, start: float = 0.01) -> Callable[[float], 
         Survey section 6; Kaya, Hong, Dumitras, Shallow-Deep Networks, ICML 2019.
     """
     return lambda progress: [*(min(c, start + progress * c) for c in costs), 1.0]
+
+
+def constant(exits: int, weight: float = 1.0) -> list[float]:
+    """The same weight for every exit (MSDNet, RANet).
+
+    >>> constant(3)
+    [1.0, 1.0, 1.0]
+
+    References:
+        Survey section 5.2.1 (1); Huang et al., Multi-Scale Dense Networks, ICLR 2018.
+    """
+    return [weight] * exits
+
+
+def by_depth(exits: int) -> list[float]:
+    r"""Weights proportional to depth that sum to 1, :math:`w_j = j / \sum_i i` (PABEE).
+
+    >>> by_depth(4)
+    [0.1, 0.2, 0.3, 0.4]
+
+    References:
+        Survey section 5.2.1 (1); Zhou et al., BERT Loses Patience, NeurIPS 2020.
+    """
+    total = exits * (exits + 1) // 2
+    return [j / total for j in range(1, exits + 1)]
+
+
+def by_cost(flops: Sequence[float]) -> list[float]:
+    r"""Weights proportional to what it costs to answer at an exit, the last exit's being 1: :math:`w_k = c_k / c_K`.
+
+    Args:
+        flops: cost up to and including each exit, e.g. ``tune.collect(model, loader).flops``.
+
+    Returns:
+        One weight per exit.
+
+    Raises:
+        PliantError: where a cost isn't positive, or there are none.
+
+    >>> by_cost([10, 20, 40])
+    [0.25, 0.5, 1.0]
+
+    References:
+        Survey section 5.2.1 (1).
+    """
+    costs = [float(c) for c in flops]
+    if not costs or min(costs) <= 0:
+        raise PliantError(got=f"costs {costs}", expected="a positive cost for every exit", do="pass FLOPs per exit")
+    return [c / costs[-1] for c in costs]
