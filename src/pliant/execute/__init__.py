@@ -6,11 +6,14 @@ from pliant.execute.collaboration import InlineHead, collaborative
 from pliant.execute.equilibrium import equilibrium, scale_all, scale_last
 from pliant.execute.exits import Answer, Exits, MostConfident
 from pliant.execute.heads import Linked
+from pliant.execute.loop import Halted, Halting
 from pliant.execute.skip import Residual, Skip
 
 __all__ = [
     "Answer",
     "Exits",
+    "Halted",
+    "Halting",
     "InlineHead",
     "Linked",
     "MostConfident",

@@ -11,6 +11,7 @@ from pliant.core.trace import Trace
 from pliant.losses.cost import FlopsBudget, TargetRate
 from pliant.losses.distill import OneForAll, everywhere, last_exit, next_exit, previous_exit, where_right
 from pliant.losses.exits import CrossEntropy, MultiExit, by_cost, by_depth, constant, ramped
+from pliant.losses.ponder import Ponder, ponder, steps
 
 Term = Callable[[Tensor, Trace, Tensor, float], Tensor]
 
@@ -19,6 +20,7 @@ __all__ = [
     "FlopsBudget",
     "MultiExit",
     "OneForAll",
+    "Ponder",
     "TargetRate",
     "Term",
     "Total",
@@ -28,8 +30,10 @@ __all__ = [
     "everywhere",
     "last_exit",
     "next_exit",
+    "ponder",
     "previous_exit",
     "ramped",
+    "steps",
     "where_right",
 ]
 
