@@ -26,6 +26,7 @@ class Decision:
         reached: which rows really come here when everything is computed (the masked form); None means all.
         carry: state per row that the scorer hands to the next site of a chain.
         visit: how many times this site was visited before in the same recorded call.
+        weight: whether the value may lie strictly between 0 and 1; a ``soft`` that is the very ``value`` says so too.
 
     >>> import torch
     >>> d = Decision(value=torch.tensor([1.0, 0.0]), rows=torch.tensor([3, 5]))
@@ -41,6 +42,12 @@ class Decision:
     reached: Tensor | None = None
     carry: Any = None
     visit: int = 0
+    weight: bool = False
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether the value may lie strictly between 0 and 1."""
+        return self.weight or self.soft is self.value
 
     def dense(self, batch: int) -> Tensor:
         """The value over the whole batch of ``batch`` rows, 0 (saved) where a row never came here."""
@@ -59,18 +66,18 @@ class Decision:
         return value.new_zeros((batch, *value.shape[1:])).index_add(0, self.rows, value)
 
 
-_TENSORS = [f.name for f in fields(Decision) if f.name != "visit"]
+_TENSORS = [f.name for f in fields(Decision) if f.name not in ("visit", "weight")]
 
 
 def _flatten(d: Decision) -> tuple[list[Any], list[Any]]:
     """Only what is there: transforms such as vmap take no None for an output."""
     there = [name for name in _TENSORS if getattr(d, name) is not None]
-    return [getattr(d, name) for name in there], [d.visit, there]
+    return [getattr(d, name) for name in there], [d.visit, d.weight, there]
 
 
 def _unflatten(values: Any, context: Any) -> Decision:
-    visit, there = context
-    return Decision(**dict(zip(there, values, strict=True)), visit=visit)
+    visit, weight, there = context
+    return Decision(**dict(zip(there, values, strict=True)), visit=visit, weight=weight)
 
 
 pytree.register_pytree_node(

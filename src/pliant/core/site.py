@@ -16,11 +16,16 @@ from pliant.core.errors import PliantError
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rule makes of scores: the value, and where the rule has them a soft stand-in and a log-probability."""
+    """What a rule makes of scores: the value, and where the rule has them a soft stand-in and a log-probability.
+
+    With ``weight`` the value may lie strictly between 0 and 1, so executors multiply by it; a ``soft`` that is the very
+    ``value`` says the same.
+    """
 
     value: Tensor
     soft: Tensor | None = None
     log_prob: Tensor | None = None
+    weight: bool = False
 
 
 class Score(nn.Module, ABC):
@@ -109,7 +114,9 @@ class Site(nn.Module):
         value = outcome.value
         if value.shape[0] != rows:
             raise _wrong_rows(value, rows)
-        decision = Decision(value, scores, outcome.soft, outcome.log_prob, here.rows, here.reached, carry, visit)
+        decision = Decision(
+            value, scores, outcome.soft, outcome.log_prob, here.rows, here.reached, carry, visit, outcome.weight
+        )
         if here.tape is not None:
             here.tape.decided(self, decision)
         return decision

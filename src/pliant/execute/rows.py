@@ -69,7 +69,7 @@ def scatter(into: Rows, index: Tensor, part: Rows) -> Rows:
 
 def weighted(decision: Decision) -> bool:
     """Whether the value is a weight to multiply by (a soft rule, or a gradient wants it), not a plain choice."""
-    return decision.soft is decision.value or decision.value.requires_grad
+    return decision.is_weight or decision.value.requires_grad
 
 
 def weigh(value: Tensor, like: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def run_either(site: Site, decision: Decision, runs: tuple[Callable[..., Rows], 
 
     A soft value is a weight on both alternatives, so every row runs both.
     """
-    if decision.soft is decision.value:
+    if decision.is_weight:
         off, on = (run_masked(site, decision, choice, run, x) for choice, run in enumerate(runs))
         return mix(decision, on, off)
     if torch.compiler.is_exporting():

@@ -120,7 +120,7 @@ class Given(Rule):
             )
         decision = self.trace[path][0]
         self.values = self.trace.dense(path).detach()
-        self.weights = decision.soft is decision.value  # a soft rule's values are weights, and replay as such
+        self.weights = decision.is_weight  # a soft rule's values are weights, and replay as such
 
     def forward(self, scores: Tensor) -> Outcome:
         """The values of the rows in flight."""
