@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pliant.cost.account import Bill, accounts, expected_flops
+from pliant.cost.account import Bill, accounts, expected_flops, expected_shares
 from pliant.cost.count import Part, Prices, count, prices
 from pliant.cost.meter import Timing, interleaved, realised_share
 
@@ -13,6 +13,7 @@ __all__ = [
     "accounts",
     "count",
     "expected_flops",
+    "expected_shares",
     "interleaved",
     "prices",
     "realised_share",

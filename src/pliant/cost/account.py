@@ -83,30 +83,74 @@ def expected_flops(trace: Trace) -> Tensor:
     References:
         Survey section 5.2.1 (2); Verelst and Tuytelaars, CVPR 2020.
     """
+    table = _prices_of(trace)
+    return torch.as_tensor(_expected(trace, table, table.root), dtype=torch.float64).expand(trace.batch)
+
+
+def expected_shares(trace: Trace) -> dict[str, Tensor]:
+    r"""Of every site: what its alternatives would cost on average over what the costliest one costs: differentiable.
+
+    .. math:: s = \frac{v\, E(\text{on}) + (1 - v)\, E(\text{off})}{\max(c_\text{on}, c_\text{off})}
+
+    The score isn't counted, since it's spent whatever is decided. Sites that control nothing that costs are left out.
+
+    Shape:
+        Each :math:`(n,)`, floating point: one for each visit and each row that came there.
+
+    Args:
+        trace: from ``record(model)(x)``; a site without a soft value counts with its hard one.
+
+    Returns:
+        From site to shares, in the order of the network.
+
+    >>> import pliant
+    >>> model = pliant.create_model("convnet_aig", depth=8).eval()
+    >>> _, trace = pliant.record(pliant.bind(model, {"*": pliant.rules.Always()}))(torch.zeros(1, 3, 8, 8))
+    >>> {site: s.tolist() for site, s in expected_shares(trace).items()}["blocks.0.residual.site"]
+    [1.0]
+
+    References:
+        Survey section 5.2.1 (2); Verelst and Tuytelaars, CVPR 2020.
+    """
+    table = _prices_of(trace)
+    found: dict[str, list[Tensor]] = {}
+    for part in (table.root, *table.parts.values()):
+        for (site, _), choices in _alternatives(table, part):
+            most = max((_dense(table, inner) for choice, inner in choices.items() if choice != "score"), default=0)
+            for d in trace.visits.get(site, ()) if most and site not in found else ():
+                whole = torch.as_tensor(_chosen(trace, table, d, choices)).expand(trace.batch) / most
+                found.setdefault(site, []).append(whole if d.rows is None else whole[d.rows])
+    return {site: torch.cat(shares) for site, shares in found.items()}
+
+
+def _prices_of(trace: Trace) -> Prices:
     bill = trace._priced()
     if not isinstance(bill, Bill):
         raise TypeError("priced by another accountant")
-    table = bill.prices
+    return bill.prices
 
-    def value(site: str, visit: int) -> Tensor | None:
+
+def _expected(trace: Trace, table: Prices, part: Part) -> Tensor | float:
+    """What a part costs on average, those inside it included."""
+    total: Tensor | float = float(part.own)
+    for (site, visit), choices in _alternatives(table, part):
+        if "score" in choices:
+            total = total + _expected(trace, table, choices["score"])
         found = [d for d in trace.visits.get(site, ()) if d.visit == visit]
-        return _whole(found[0], trace.batch).double() if found else None
+        if found:
+            total = total + _chosen(trace, table, found[0], choices)
+    return total
 
-    def expected(part: Part) -> Tensor | float:
-        total: Tensor | float = float(part.own)
-        for (site, visit), choices in _alternatives(table, part):
-            if "score" in choices:
-                total = total + expected(choices["score"])
-            v = value(site, visit)
-            if v is None:
-                continue
-            if "1" in choices:
-                total = total + v * expected(choices["1"])
-            if "0" in choices:
-                total = total + (1 - v) * expected(choices["0"])
-        return total
 
-    return torch.as_tensor(expected(table.root), dtype=torch.float64).expand(trace.batch)
+def _chosen(trace: Trace, table: Prices, decision: Decision, choices: dict[str, Part]) -> Tensor | float:
+    """What the alternatives of one decision cost on average."""
+    v = _whole(decision, trace.batch).double()
+    total: Tensor | float = 0.0
+    if "1" in choices:
+        total = total + v * _expected(trace, table, choices["1"])
+    if "0" in choices:
+        total = total + (1 - v) * _expected(trace, table, choices["0"])
+    return total
 
 
 def _whole(decision: Decision, batch: int) -> Tensor:
