@@ -8,31 +8,46 @@ from torch import Tensor
 
 from pliant.core.errors import PliantError
 from pliant.core.trace import Trace
-from pliant.losses.cost import FlopsBudget, TargetRate
+from pliant.losses.cost import BlockBounds, FlopsBudget, ResourceAware
 from pliant.losses.distill import OneForAll, everywhere, last_exit, next_exit, previous_exit, where_right
 from pliant.losses.exits import CrossEntropy, MultiExit, by_cost, by_depth, constant, ramped
 from pliant.losses.ponder import Ponder, ponder, steps
+from pliant.losses.ranking import Ranking
+from pliant.losses.rate import GateL1, GlobalTargetRate, TargetRate, above, hard, soft, squared
+from pliant.losses.schedule import Scheduled, falling, rising
 
 Term = Callable[[Tensor, Trace, Tensor, float], Tensor]
 
 __all__ = [
+    "BlockBounds",
     "CrossEntropy",
     "FlopsBudget",
+    "GateL1",
+    "GlobalTargetRate",
     "MultiExit",
     "OneForAll",
     "Ponder",
+    "Ranking",
+    "ResourceAware",
+    "Scheduled",
     "TargetRate",
     "Term",
     "Total",
+    "above",
     "by_cost",
     "by_depth",
     "constant",
     "everywhere",
+    "falling",
+    "hard",
     "last_exit",
     "next_exit",
     "ponder",
     "previous_exit",
     "ramped",
+    "rising",
+    "soft",
+    "squared",
     "steps",
     "where_right",
 ]
