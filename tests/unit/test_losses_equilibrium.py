@@ -163,7 +163,8 @@ def test_a_collaborating_head_starts_as_the_one_it_was_made_of_and_reads_the_log
     base = Exits([nn.Linear(5, 5) for _ in range(K)], [Net() for _ in range(K)], [site() for _ in range(K - 1)]).eval()
     x = torch.randn(9, 5)
     _, before = pliant.record(pliant.masked(base))(x)
-    model = collaborative(base).eval()
+    model = collaborative(base)
+    assert not model.training
     _, same = pliant.record(pliant.masked(model))(x)
     for a, b in zip(before.exits, same.exits, strict=True):
         assert torch.equal(a.logits, b.logits)
@@ -199,5 +200,7 @@ def test_the_plain_form_runs_only_the_heads_that_the_last_one_needs():
 def test_what_cannot_collaborate_is_refused():
     with pytest.raises(PliantError, match="'linear'"):
         InlineHead(nn.Linear(2, 2))
+    with pytest.raises(PliantError, match="reads its stage alone"):
+        collaborative(collaborating())
     with pytest.raises(PliantError, match="first head"):
         Exits([nn.Identity()], [InlineHead(PooledClassifier(2, 2))], [])

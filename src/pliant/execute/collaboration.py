@@ -46,11 +46,12 @@ class InlineHead(Linked):
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         linear = getattr(head, "linear", None)
-        if not isinstance(linear, nn.Linear):
+        if isinstance(head, Linked) or not isinstance(linear, nn.Linear):
             raise PliantError(
-                got=f"a {type(head).__name__}", expected="a head whose last layer is its attribute 'linear'",
+                got=f"a {type(head).__name__}",
+                expected="a head that reads its stage alone, whose last layer is its attribute 'linear'",
                 do="use PooledClassifier, or a head with such a layer",
-            )  # fmt: skip
+            )
         width, classes = linear.in_features, linear.out_features
         self.features = head
         self.features.linear = nn.Identity()
@@ -76,7 +77,7 @@ def collaborative(model: Exits) -> Exits:
         The new chain, which answers as the old one did until it's trained.
 
     Raises:
-        PliantError: where a later head's last layer isn't its attribute ``linear``.
+        PliantError: where a later head's last layer isn't its attribute ``linear``, or it's linked already.
 
     >>> import pliant
     >>> chain = pliant.create_model("msdnet", num_classes=4, exits=3, base=1, step=1, channels=4)
@@ -88,4 +89,6 @@ def collaborative(model: Exits) -> Exits:
     """
     first, *later = model.heads
     sites: list[Any] = list(model.sites)
-    return Exits(list(model.stages), [first, *map(InlineHead, later)], sites, answer=model.answer)
+    made = Exits(list(model.stages), [first, *map(InlineHead, later)], sites, answer=model.answer)
+    made.form = model.form
+    return made.train(model.training)
