@@ -3,7 +3,42 @@
 from __future__ import annotations
 
 from pliant.estimators.base import Estimator
-from pliant.estimators.gumbel import Gumbel, GumbelSample
-from pliant.estimators.straight_through import StraightThrough
+from pliant.estimators.gumbel import (
+    BinaryConcrete,
+    Gumbel,
+    GumbelOneHot,
+    GumbelSample,
+    GumbelSoftmax,
+    concrete_log_density,
+)
+from pliant.estimators.hard_concrete import HardConcrete, SoftBinaryConcrete
+from pliant.estimators.schedules import Decay, Ramp
+from pliant.estimators.score_function import EpsilonGreedy, EpsilonGreedyOneHot, ScoreFunction
+from pliant.estimators.semantic_hashing import SemHash
+from pliant.estimators.straight_through import StochasticStraightThrough, StraightThrough
+from pliant.estimators.surrogates import Clipped, Copy, HardSigmoid, Sigmoid, Surrogate
 
-__all__ = ["Estimator", "Gumbel", "GumbelSample", "StraightThrough"]
+__all__ = [
+    "BinaryConcrete",
+    "Clipped",
+    "Copy",
+    "Decay",
+    "EpsilonGreedy",
+    "EpsilonGreedyOneHot",
+    "Estimator",
+    "Gumbel",
+    "GumbelOneHot",
+    "GumbelSample",
+    "GumbelSoftmax",
+    "HardConcrete",
+    "HardSigmoid",
+    "Ramp",
+    "ScoreFunction",
+    "SemHash",
+    "Sigmoid",
+    "SoftBinaryConcrete",
+    "StochasticStraightThrough",
+    "StraightThrough",
+    "Surrogate",
+    "concrete_log_density",
+]
