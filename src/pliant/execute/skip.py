@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,21 @@ from torch import Tensor, nn
 from pliant.core.executor import Executor
 from pliant.core.site import Site
 from pliant.execute import rows
+
+
+class Carried(NamedTuple):
+    """Features with the scorers' memory along the depth: a gated block that is given it hands both on."""
+
+    x: Any
+    carry: Any = None
+
+
+def _opened(x: Any) -> tuple[Any, Any]:
+    return x if isinstance(x, Carried) else (x, None)
+
+
+def _closed(like: Any, y: Any, carry: Any) -> Any:
+    return Carried(y, carry) if isinstance(like, Carried) else y
 
 
 class Skip(Executor):
@@ -42,21 +57,26 @@ class Skip(Executor):
 
     def plain(self, x: Any) -> Any:
         """The block alone."""
-        return self.block(x)
+        features, carry = _opened(x)
+        return _closed(x, self.block(features), carry)
 
     def masked(self, x: Any, given: Tensor | None = None) -> Any:
         """Both alternatives for every row, mixed by the value."""
-        decision = self.site(x, given=given)
-        on = rows.run_masked(self.site, decision, 1, self.block, x)
-        off = x if self.otherwise is None else rows.run_masked(self.site, decision, 0, self.otherwise, x)
-        return rows.mix(decision, on, off)
+        features, carry = _opened(x)
+        decision = self.site(features, given=given, carry=carry)
+        on = rows.run_masked(self.site, decision, 1, self.block, features)
+        off = features if self.otherwise is None else rows.run_masked(self.site, decision, 0, self.otherwise, features)
+        return _closed(x, rows.mix(decision, on, off), decision.carry)
 
     def gathered(self, x: Any, given: Tensor | None = None) -> Any:
         """Each alternative for its own rows."""
-        decision = self.site(x, given=given)
+        features, carry = _opened(x)
+        decision = self.site(features, given=given, carry=carry)
         if self.otherwise is None:
-            return rows.run_some(self.site, decision, self.block, (x,), rows.replaced, lambda: x)
-        return rows.run_either(self.site, decision, (self.otherwise, self.block), x)
+            y = rows.run_some(self.site, decision, self.block, (features,), rows.replaced, lambda: features)
+        else:
+            y = rows.run_either(self.site, decision, (self.otherwise, self.block), features)
+        return _closed(x, y, decision.carry)
 
 
 class Residual(Executor):
@@ -87,17 +107,22 @@ class Residual(Executor):
         self.site = site
         self.shortcut = nn.Identity() if shortcut is None else shortcut
 
-    def plain(self, x: Tensor) -> Tensor:
+    def plain(self, x: Any) -> Any:
         """Shortcut and branch, always."""
-        return self.shortcut(x) + self.branch(x)
+        features, carry = _opened(x)
+        return _closed(x, self.shortcut(features) + self.branch(features), carry)
 
-    def masked(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+    def masked(self, x: Any, given: Tensor | None = None) -> Any:
         """The branch for every row, weighted by the value."""
-        decision = self.site(x, given=given)
-        branch = rows.run_masked(self.site, decision, 1, self.branch, x)
-        return self.shortcut(x) + rows.mix(decision, branch, torch.zeros_like(branch))
+        features, carry = _opened(x)
+        decision = self.site(features, given=given, carry=carry)
+        branch = rows.run_masked(self.site, decision, 1, self.branch, features)
+        y = self.shortcut(features) + rows.mix(decision, branch, torch.zeros_like(branch))
+        return _closed(x, y, decision.carry)
 
-    def gathered(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+    def gathered(self, x: Any, given: Tensor | None = None) -> Any:
         """The branch for the rows that chose it."""
-        decision = self.site(x, given=given)
-        return rows.run_some(self.site, decision, self.branch, (x,), rows.added, lambda: self.shortcut(x))
+        features, carry = _opened(x)
+        decision = self.site(features, given=given, carry=carry)
+        y = rows.run_some(self.site, decision, self.branch, (features,), rows.added, lambda: self.shortcut(features))
+        return _closed(x, y, decision.carry)
