@@ -156,7 +156,7 @@ class GumbelOneHot(GumbelSoftmax):
     >>> _ = torch.manual_seed(0)
     >>> out = GumbelOneHot()(torch.tensor([[0.5, 0.2, 0.3]]).log().expand(10_000, 3))
     >>> out.value.mean(0).round(decimals=1), out.log_prob[0].exp()
-    (tensor([0.5000, 0.2000, 0.3000]), tensor(0.5000))
+    (tensor([0.5000, 0.2000, 0.3000]), tensor(0.3000))
 
     References:
         Survey section 5.2.2 (2); Jang, Gu, Poole, ICLR 2017 (there ST Gumbel-softmax).
