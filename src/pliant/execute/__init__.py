@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from pliant.execute.chain import Chain, Forget, Remember
 from pliant.execute.collaboration import InlineHead, collaborative
 from pliant.execute.equilibrium import equilibrium, scale_all, scale_last
 from pliant.execute.exits import Answer, Exits, MostConfident
 from pliant.execute.heads import Linked
 from pliant.execute.loop import Halted, Halting
-from pliant.execute.skip import Residual, Skip
+from pliant.execute.planned import Planned
+from pliant.execute.skip import Carried, Residual, Skip
 
 __all__ = [
     "Answer",
+    "Carried",
+    "Chain",
     "Exits",
+    "Forget",
     "Halted",
     "Halting",
     "InlineHead",
     "Linked",
     "MostConfident",
+    "Planned",
+    "Remember",
     "Residual",
     "Skip",
     "collaborative",
