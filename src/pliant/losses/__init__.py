@@ -9,19 +9,31 @@ from torch import Tensor
 from pliant.core.errors import PliantError
 from pliant.core.trace import Trace
 from pliant.losses.cost import BlockBounds, FlopsBudget, ResourceAware
-from pliant.losses.distill import OneForAll, everywhere, last_exit, next_exit, previous_exit, where_right
+from pliant.losses.distill import (
+    OneForAll,
+    SubnetworkDistillation,
+    TaughtExits,
+    everywhere,
+    last_exit,
+    next_exit,
+    previous_exit,
+    where_right,
+)
 from pliant.losses.exits import CrossEntropy, MultiExit, by_cost, by_depth, constant, ramped
+from pliant.losses.further import Again, Further, dense, frozen, itself
 from pliant.losses.ponder import Ponder, ponder, steps
 from pliant.losses.ranking import Ranking
 from pliant.losses.rate import GateL1, GlobalTargetRate, TargetRate, above, hard, soft, squared
 from pliant.losses.schedule import Scheduled, falling, rising
 
-Term = Callable[[Tensor, Trace, Tensor, float], Tensor]
+Term = Callable[[Tensor, Trace, Tensor, float], Tensor] | Further
 
 __all__ = [
+    "Again",
     "BlockBounds",
     "CrossEntropy",
     "FlopsBudget",
+    "Further",
     "GateL1",
     "GlobalTargetRate",
     "MultiExit",
@@ -30,16 +42,21 @@ __all__ = [
     "Ranking",
     "ResourceAware",
     "Scheduled",
+    "SubnetworkDistillation",
     "TargetRate",
+    "TaughtExits",
     "Term",
     "Total",
     "above",
     "by_cost",
     "by_depth",
     "constant",
+    "dense",
     "everywhere",
     "falling",
+    "frozen",
     "hard",
+    "itself",
     "last_exit",
     "next_exit",
     "ponder",
@@ -75,6 +92,25 @@ class Total:
             )
         self.terms = dict(terms)
 
-    def __call__(self, y: Tensor, trace: Trace, target: Tensor, progress: float) -> dict[str, Tensor]:
-        """Every term, weighted, by name."""
-        return {name: weight * term(y, trace, target, progress) for name, (weight, term) in self.terms.items()}
+    def __call__(
+        self, y: Tensor, trace: Trace, target: Tensor, progress: float, again: Again | None = None
+    ) -> dict[str, Tensor]:
+        """Every term, weighted, by name; ``again`` makes the passes that some terms read, as ``fit`` does."""
+        found: dict[str, Tensor] = {}
+        for name, (weight, term) in self.terms.items():
+            if not isinstance(term, Further):
+                found[name] = weight * term(y, trace, target, progress)
+            elif again is None:
+                raise PliantError(
+                    got=f"the term {name!r}, which reads another pass on the same inputs",
+                    expected="again=, which makes it",
+                    do="train with fit(...), or pass again=lambda term: record(term.other(model))(x)",
+                )
+            else:
+                found[name] = weight * term(y, trace, target, progress, again(term))
+        return found
+
+    @property
+    def further(self) -> list[Further]:
+        """The terms that read another pass."""
+        return [term for _, term in self.terms.values() if isinstance(term, Further)]

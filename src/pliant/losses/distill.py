@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 from pliant.core.errors import PliantError
 from pliant.core.trace import Exit, Trace
 from pliant.losses.exits import Weights, weights_of
+from pliant.losses.further import Further, Other, dense
 
 Teachers = Callable[[Trace], Sequence[Exit | None]]
 """From a trace to the teacher of each exit; an exit without one learns from the labels alone."""
@@ -95,7 +97,7 @@ class OneForAll:
         Survey section 5.2.1 (1); Li et al., Improved Techniques for Training Adaptive Deep Networks, ICCV 2019.
 
     Differs from the paper: the KL is summed over classes (its released code averages over them too). The teacher is the
-    live last exit; the released code's frozen one is :class:`Distillation` with a frozen network.
+    live last exit; the released code's frozen one is :class:`TaughtExits` with ``frozen(network)``.
     """
 
     def __init__(
@@ -109,9 +111,13 @@ class OneForAll:
 
     def __call__(self, y: Tensor, trace: Trace, target: Tensor, progress: float) -> Tensor:
         """The sum over exits, in nats."""
+        return self.taught(trace, self.teachers(trace), target, progress)
+
+    def taught(self, trace: Trace, teachers: Sequence[Exit | None], target: Tensor, progress: float) -> Tensor:
+        """The same with the teachers given."""
         weights = weights_of(self.weights, progress, trace)
         parts: list[Tensor] = []
-        for student, teacher, weight in zip(trace.exits, self.teachers(trace), weights, strict=True):
+        for student, teacher, weight in zip(trace.exits, teachers, weights, strict=True):
             if not len(student.logits):
                 continue
             labels = target if student.rows is None else target[student.rows]
@@ -127,6 +133,76 @@ class OneForAll:
         trusted = known * self.trust(logits, labels)
         label = F.cross_entropy(student.logits, labels, reduction="none")
         return (trusted * (kl(logits, student.logits, self.temperature) - label)).mean()
+
+
+class TaughtExits(Further):
+    r"""One-for-all distillation by another network: its prediction teaches every exit but the last.
+
+    The formula is that of :class:`OneForAll`, with the other network's prediction for :math:`z_K` inside the KL.
+
+    Args:
+        other: the teacher, e.g. ``frozen(network)`` with the network of an earlier stage of training.
+        gamma: as in OneForAll.
+        temperature: as in OneForAll.
+        trust: as in OneForAll.
+        weights: as in OneForAll.
+
+    Raises:
+        PliantError: as OneForAll does.
+
+    References:
+        Survey section 5.2.1 (1); Li et al., ICCV 2019.
+    """
+
+    def __init__(
+        self, other: Other, *, gamma: float = 0.9, temperature: float = 3.0, trust: Trust = everywhere, weights: Weights = None
+    ) -> None:  # fmt: skip
+        super().__init__(other)
+        self.exits = OneForAll(gamma=gamma, temperature=temperature, trust=trust, weights=weights)
+
+    def __call__(self, y: Tensor, trace: Trace, target: Tensor, progress: float, further: tuple[Any, Trace]) -> Tensor:
+        """The sum over exits, in nats."""
+        teachers = [*[Exit(further[0])] * (len(trace.exits) - 1), None]
+        return self.exits.taught(trace, teachers, target, progress)
+
+
+class SubnetworkDistillation(Further):
+    r"""Distillation between the full and the partial network.
+
+    .. math:: L = \lambda\, T^2\, \mathrm{KL}(p_\text{full}^T \,\|\, p_\text{partial}^T) + (1 - \lambda)\, \mathrm{CE}(y, \text{target})
+
+    The teacher is the model itself with every site at 1, run in the same step without gradients (a "sandwich"), or any other
+    network. Gates learn from it through their estimators.
+
+    Args:
+        other: the teacher: :func:`dense`, or ``frozen(network)`` for one trained before.
+        share: :math:`\lambda` in [0, 1].
+        temperature: :math:`T > 0`.
+
+    Raises:
+        PliantError: where share or temperature is outside its range.
+
+    >>> term = SubnetworkDistillation(share=0.5)
+    >>> term(torch.zeros(2, 4), None, torch.tensor([0, 1]), 0.0, (torch.zeros(2, 4), None))
+    tensor(0.6931)
+
+    References:
+        Survey section 5.2.1 (3); Hua et al., Channel Gating Neural Networks, NeurIPS 2019.
+
+    Differs from the paper: the teacher may be live; its batch norms then use the batch and leave the statistics alone.
+    """
+
+    def __init__(self, other: Other = dense, *, share: float = 0.5, temperature: float = 2.0) -> None:
+        super().__init__(other)
+        check(share, temperature)
+        self.share, self.temperature = share, temperature
+
+    def __call__(
+        self, y: Tensor, trace: Trace | None, target: Tensor, progress: float, further: tuple[Any, Trace | None]
+    ) -> Tensor:
+        """The mean over rows, in nats."""
+        taught = kl(further[0], y, self.temperature).mean()
+        return self.share * taught + (1 - self.share) * F.cross_entropy(y, target)
 
 
 def check(gamma: float, temperature: float) -> None:

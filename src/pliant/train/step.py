@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pliant.core.errors import PliantError
-from pliant.core.trace import record
+from pliant.core.trace import Trace, record
 
 
 class Batch:
@@ -31,18 +32,34 @@ class Step(nn.Module):
         super().__init__()
         self.recorder = record(model)
         self.loss = loss
+        self.others: dict[int, nn.Module] = {}  # not registered: they share the model's parameters, or aren't trained
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The terms."""
-        y, trace = self.recorder(batch.x)
+        y, trace = _wide(self.recorder(batch.x), batch.x)
         device = batch.x.device.type
-        if not torch.is_autocast_enabled(device):
-            return _checked(self.loss(y, trace, batch.target, batch.progress))
-        wide: dict[int, Tensor] = {}  # one copy of each tensor: what was one tensor stays one
-        y = _widened(y, wide)
-        trace = replace(_widened(trace, wide), accounts=trace.accounts)
-        with torch.autocast(device, enabled=False):
-            return _checked(self.loss(y, trace, batch.target, batch.progress))
+        # All other passes run first, under the autocast of the model's own.
+        passes = {id(term): self._again(term, batch.x) for term in getattr(self.loss, "further", ())}
+        more = {"again": lambda term: passes[id(term)]} if passes else {}
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            return _checked(self.loss(y, trace, batch.target, batch.progress, **more))
+
+    @torch.no_grad()
+    def _again(self, term: Any, x: Tensor) -> tuple[Any, Trace]:
+        """The pass that a term reads besides the model's own; its network is made once a phase."""
+        if id(term) not in self.others:
+            self.others[id(term)] = record(term.other(self.recorder.model).to(x.device))
+        return _wide(self.others[id(term)](x), x)
+
+
+def _wide(call: tuple[Any, Trace], x: Tensor) -> tuple[Any, Trace]:
+    """Prediction and trace in float32 where autocast made them narrower."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return call
+    y, trace = call
+    wide: dict[int, Tensor] = {}  # one copy of each tensor: what was one tensor stays one
+    y = _widened(y, wide)
+    return y, replace(_widened(trace, wide), accounts=trace.accounts)
 
 
 def _widened(tree: Any, wide: dict[int, Tensor]) -> Any:
