@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pliant.core.errors import PliantError
 from pliant.core.files import atomic
 
-FORMAT = "pliant.train/1"
+FORMAT = "pliant.train/2"
 
 
 def generators(model: nn.Module) -> Iterator[torch.Generator]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import KW_ONLY, asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from pliant.core.errors import PliantError
-from pliant.core.trace import Trace
 from pliant.train import checkpoint
+from pliant.train.bound import bound, described, generators, hand_back, parts_of, shared_buffers
 from pliant.train.launch import start
 from pliant.train.order import Shard, batches, derived, sizes
-from pliant.train.phases import Phase, anneal, check, optimizer_of, prepare
+from pliant.train.phases import Loss, Phase, anneal, check, identity, optimizer_of, prepare
+from pliant.train.state import as_found, asked, seed
 from pliant.train.step import Batch, Step
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
 History = list[dict[str, Any]]
 """A dict per epoch: phase, epoch (of the phase, from 1), lr (of its last step), each term's mean per row, seconds."""
-Loss = Callable[[Any, Trace, Tensor, float], Mapping[str, Tensor]]
-"""From (prediction, trace, target, progress in [0, 1)) to named terms, each a mean over rows, whose sum is minimised."""
-_OURS = ("phase", "epoch", "lr", "seconds")
+_OURS = ("phase", "epoch", "lr", "seconds", "held_out")
 
 
 class Data(Protocol):
@@ -125,7 +123,8 @@ def fit(model: nn.Module, data: Data, loss: Loss, phases: Sequence[Phase], *, op
     """
     _check_data(data)
     check(phases, model)
-    if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
+    losses = [loss if phase.loss is None else phase.loss for phase in phases]
+    if any(isinstance(each, nn.Module) and any(p.requires_grad for p in each.parameters()) for each in losses):
         raise PliantError(
             got="a loss with parameters that want a gradient",
             expected="a loss without, since phases train the model's parameters only",
@@ -133,10 +132,10 @@ def fit(model: nn.Module, data: Data, loss: Loss, phases: Sequence[Phase], *, op
         )
     fabric = start(options.accelerator, options.devices, options.precision)
     run = _Run(fabric, model, data, options, tuple(phases))
-    with _as_found(model, fabric.device):
+    with as_found(model, fabric.device):
         run.resume()
         for number in range(len(phases)):
-            run.phase(number, loss)
+            run.phase(number, losses[number])
     return run.history
 
 
@@ -150,7 +149,9 @@ class _Run:
         self.epochs = sum(phase.epochs for phase in phases)
         self.path = None if options.checkpoint is None else Path(options.checkpoint)
         self.history: History = []
-        self.optimizer_state: dict[str, Any] | None = None
+        self.lengths: list[int] = []  # epochs done of every phase that was begun
+        self.bound: nn.Module = model  # what the phase trains: the model with the phase's rules
+        self.resumed: dict[str, Any] = {}
         self.identity = _identity(model, data, options, phases)
         self.identity["options"]["precision"] = str(fabric.strategy.precision.precision)
 
@@ -169,46 +170,92 @@ class _Run:
             raise found
         if found is not None:
             checkpoint.load_model_state(self.model, found["model"])
-            self.history = found["history"]
-            self.optimizer_state = found["optimizer"]
+            self.history, self.lengths, self.resumed = found["history"], found["lengths"], found
+            for generator, state in zip(self.generators(), found["generators"], strict=True):
+                generator.set_state(state)
+
+    def generators(self) -> list[torch.Generator]:
+        """Those of the rules of all phases: a later phase may draw on from where an earlier one stopped."""
+        found = (generator for phase in self.phases for generator in generators(phase.rules, phase.epochs))
+        return list({id(generator): generator for generator in found}.values())
 
     def save(self, optimizer: Any) -> None:
-        """Write where training stands."""
+        """Write where training stands; tensors that the bound copy shares with the model are written once."""
         if self.path is None or not self.fabric.is_global_zero:
             return
-        model, optimized = checkpoint.model_state(self.model), optimizer.optimizer.state_dict()
-        scaler = self.fabric.strategy.precision.state_dict()
-        state = {"model": model, "optimizer": {"state": optimized, "scaler": scaler}, "history": self.history}
+        state = {
+            "model": checkpoint.model_state(self.model),
+            "bound": checkpoint.model_state(self.bound),
+            "optimizer": {"state": optimizer.optimizer.state_dict(), "scaler": self.fabric.strategy.precision.state_dict()},
+            "generators": [generator.get_state() for generator in self.generators()],
+            "history": self.history,
+            "lengths": self.lengths,
+            "phase": self.phases[len(self.lengths) - 1].name,
+        }  # fmt: skip
         checkpoint.save(self.path, {"identity": self.identity, **state})
+
+    def over(self, number: int) -> bool:
+        """Whether a phase was run to its end, or stopped itself."""
+        phase, done = self.phases[number], sum(self.lengths[number : number + 1])
+        own = self.history[sum(self.lengths[:number]) :][:done]
+        return done >= phase.epochs or (phase.stop is not None and done > 0 and phase.stop(own))
 
     def phase(self, number: int, loss: Loss) -> None:
         """What is left of a phase."""
-        phase = self.phases[number]
-        before = sum(p.epochs for p in self.phases[:number])
-        first = len(self.history) - before
-        if first >= phase.epochs:
+        if self.over(number):
             return
-        chosen = prepare(phase, self.model)
-        step, optimizer = self.fabric.setup(Step(self.model, loss), optimizer_of(phase, chosen))
-        if first > 0 and self.optimizer_state is not None:
-            optimizer.load_state_dict(self.optimizer_state["state"])
-            if self.optimizer_state["scaler"]:
-                self.fabric.strategy.precision.load_state_dict(self.optimizer_state["scaler"])
+        phase = self.phases[number]
+        if len(self.lengths) == number:
+            self.lengths.append(0)
+        first = self.lengths[number]
+        self.fabric.to_device(self.model)  # before it is bound: buffers are shared only where nothing moves afterwards
+        parts = parts_of(phase.rules, max(0, first - 1))
+        step, chosen = self.bind(phase, parts, loss)
+        optimizer = self.fabric.setup_optimizers(optimizer_of(phase, chosen))
+        if first > 0 and self.resumed:
+            checkpoint.load_model_state(self.bound, self.resumed["bound"])
+            optimizer.load_state_dict(self.resumed["optimizer"]["state"])
+            if self.resumed["optimizer"]["scaler"]:
+                self.fabric.strategy.precision.load_state_dict(self.resumed["optimizer"]["scaler"])
         for epoch in range(first, phase.epochs):
-            entry = self.epoch(phase, epoch, step, optimizer)
-            self.history.append(entry)
-            done = len(self.history)
-            if done % self.options.every == 0 or done == self.epochs:
+            if described(parts_of(phase.rules, epoch)) != described(parts):
+                parts = parts_of(phase.rules, epoch)
+                step, _ = self.bind(phase, parts, loss)
+            shared = shared_buffers(self.model, self.bound)
+            entry = self.epoch(number, epoch, step, optimizer)
+            hand_back(shared, self.bound)
+            self.history.append(entry | self.held_out(phase))
+            self.lengths[number] += 1
+            over = self.over(number)
+            if len(self.history) % self.options.every == 0 or (over and number == len(self.phases) - 1):
                 self.save(optimizer)
             if self.options.on_epoch is not None and self.fabric.is_global_zero:
-                self.options.on_epoch(dict(entry))
+                self.options.on_epoch(dict(self.history[-1]))
+            if over:
+                break
         optimizer.zero_grad(set_to_none=True)
+        self.bound = self.model
 
-    def epoch(self, phase: Phase, epoch: int, step: Any, optimizer: Any) -> dict[str, Any]:
+    def bind(self, phase: Phase, parts: Any, loss: Loss) -> tuple[Any, list[nn.Parameter]]:
+        """The step of the model with ``parts``, and the parameters that it trains."""
+        self.bound = bound(self.model, parts)
+        chosen = prepare(phase, self.bound)
+        return self.fabric.setup_module(Step(self.bound, loss)), chosen
+
+    def held_out(self, phase: Phase) -> dict[str, float]:
+        """The phase's metric, as the first process finds it."""
+        if phase.metric is None:
+            return {}
+        with asked(self.bound, self.fabric.device):
+            value = float(phase.metric(self.bound))
+        return {"held_out": self.fabric.broadcast(value)}
+
+    def epoch(self, number: int, epoch: int, step: Any, optimizer: Any) -> dict[str, Any]:
         """One epoch: its entry of the history."""
-        began, options, shard, done = time.perf_counter(), self.options, self.shard, len(self.history)
-        anneal(phase, self.model, epoch)
-        _seed(self.fabric.device, derived(options.seed, "noise", done, shard.rank))
+        began, options, shard, phase = time.perf_counter(), self.options, self.shard, self.phases[number]
+        done = sum(p.epochs for p in self.phases[:number]) + epoch  # those that a phase left out count as done
+        anneal(phase, self.bound, epoch)
+        seed(self.fabric.device, derived(options.seed, "noise", done, shard.rank))
         augmenting = torch.Generator().manual_seed(derived(options.seed, "augment", done, shard.rank))
         where = f"epoch {epoch + 1} of phase {phase.name!r}"
         totals: dict[str, Tensor] = {}
@@ -261,13 +308,13 @@ class _Run:
     def settle(self, where: str) -> None:
         """At the end of an epoch: the first process's buffers for all, and nothing but numbers in the weights."""
         if self.shard.world > 1:
-            buffers = [b for b in self.model.buffers() if b.numel()]
+            buffers = [b for b in self.bound.buffers() if b.numel()]
             for buffer, value in zip(buffers, self.fabric.broadcast([b.cpu() for b in buffers]), strict=True):
                 buffer.copy_(value)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.bound.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise _not_finite(f"the parameter {name!r}", where, self.path)
-        for name, buffer in self.model.named_buffers():  # a threshold may well be infinite
+        for name, buffer in self.bound.named_buffers():  # a threshold may well be infinite
             if buffer.isnan().any():
                 raise _not_finite(f"the buffer {name!r}", where, self.path)
 
@@ -314,7 +361,7 @@ def _check_data(data: Data) -> None:
 
 def _identity(model: nn.Module, data: Data, options: Fit, phases: Sequence[Phase]) -> dict[str, Any]:
     """What a checkpoint has to share with the run that resumes it; plain values only."""
-    plan = [{k: v if v is None else str(v) for k, v in asdict(phase).items()} for phase in phases]
+    plan = [identity(phase) for phase in phases]
     targets = zlib.crc32(data.y.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return {
         "plan": plan,
@@ -329,32 +376,3 @@ def _name(change: Any) -> str:
     return getattr(change, "__qualname__", None) or (
         type(change).__qualname__ if " at 0x" in repr(change) else repr(change)
     )
-
-
-def _seed(device: torch.device, seed: int) -> None:
-    """Seed the generators that the model draws from; those of other devices stay."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
-
-
-@contextmanager
-def _as_found(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Afterwards: modes, requires_grad, device and global generators are as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    home = next((t.device for t in [*model.parameters(), *model.buffers()]), device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            if home != device:
-                model.to(home)
-            for module, training in modes:
-                module.training = training
-            for parameter, requires_grad in wanted:
-                parameter.requires_grad_(requires_grad)
-                parameter.grad = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -12,6 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from pliant.core.errors import PliantError
+from pliant.core.trace import Trace
+from pliant.train.bound import Rules, check_parts, described, parts_of
+from pliant.train.stop import Stop
+
+Loss = Callable[[Any, Trace, Tensor, float], Mapping[str, Tensor]]
+"""From (prediction, trace, target, progress in [0, 1)) to named terms, each a mean over rows, whose sum is minimised."""
+Anneal = tuple[float, float] | Callable[[float], float]
+"""(start, end) for a line over the phase, or a function of the epoch, from 0, e.g. ``pliant.estimators.Decay(0.1)``."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +41,18 @@ class Phase:
         milestones: epochs of this phase after which "multistep" multiplies the rate by ``gamma``.
         gamma: that factor.
         warmup: epochs over which the rate rises linearly; may be a fraction, less than ``epochs``.
-        train: patterns on parameter names (``*`` and ``?`` as in file names). Parameters that match none are frozen: they
-            get no gradient, and a batch norm of which nothing is trained keeps its running statistics to the byte.
+        train: patterns on parameter names (``*`` and ``?`` as in file names); one that begins with ``!`` takes what it
+            matches out again: ``("*", "!*scorer*")``. Parameters that aren't chosen are frozen: they get no gradient, and
+            a batch norm of which nothing is trained keeps its running statistics to the byte.
         anneal: from pattern on buffer names to (start, end): the buffer has ``start`` in the first epoch and ``end`` in
-            the last, linear between; a phase of one epoch has ``start``.
+            the last, linear between; a phase of one epoch has ``start``. Or to a function of the epoch, from 0.
         clip: largest L2 norm of the gradient of all trained parameters; None clips nothing.
+        rules: what decides meanwhile, as for ``pliant.bind``, or a function of the epoch such as ``Curriculum``. The phase
+            trains a bound copy that shares every parameter; the model keeps its own rules. Buffers of rules bound here
+            (temperatures, slopes) are annealed on that copy and forgotten with it.
+        loss: of this phase; None takes that of ``fit``.
+        metric: of the bound model in evaluation mode, after every epoch; the history has it as "held_out".
+        stop: from the phase's history to whether it is over before its last epoch, e.g. ``Plateau()``.
 
     Raises:
         PliantError: where a value is outside what is said above.
@@ -62,8 +77,12 @@ class Phase:
     gamma: float = 0.1
     warmup: float = 0.0
     train: tuple[str, ...] = ("*",)
-    anneal: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    anneal: Mapping[str, Anneal] = field(default_factory=dict)
     clip: float | None = None
+    rules: Rules = field(default_factory=dict)
+    loss: Loss | None = None
+    metric: Callable[[nn.Module], float] | None = None
+    stop: Stop | None = None
 
     def __post_init__(self) -> None:
         sgd = self.optimizer == "sgd"
@@ -105,8 +124,12 @@ def plan(phases: Sequence[Phase]) -> str:
     warm up       2  sgd lr=0.1     constant  heads.*  -        -
     joint         8  adamw lr=0.001 constant  *        -        -
     """
-    head = ("phase", "epochs", "optimizer", "schedule", "trains", "anneals", "clip")
+    head = ("phase", "epochs", "optimizer", "schedule", "trains", "anneals", "clip", "rules", "loss", "metric", "stop")
     rows = [head, *(_row(phase) for phase in phases)]
+    # What no phase says has no column, but for those that every phase has.
+    kept = [i for i in range(len(head)) if i < 7 or any(row[i] != "-" for row in rows[1:])]
+    rows = [tuple(row[i] for i in kept) for row in rows]
+    head = rows[0]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
@@ -121,7 +144,7 @@ def _row(p: Phase) -> tuple[str, ...]:
     extras = {"momentum": p.momentum, "weight_decay": p.weight_decay}
     optimizer = " ".join([p.optimizer, f"lr={p.lr:g}", *(f"{k}={v:g}" for k, v in extras.items() if v)])
     schedule = p.schedule + (f" x{p.gamma:g} at {','.join(map(str, p.milestones))}" if p.milestones else "")
-    anneals = ", ".join(f"{pattern} {a:g}->{b:g}" for pattern, (a, b) in p.anneal.items())
+    anneals = ", ".join(f"{pattern} {_annealed(how)}" for pattern, how in p.anneal.items())
     return (
         p.name,
         str(p.epochs),
@@ -130,29 +153,56 @@ def _row(p: Phase) -> tuple[str, ...]:
         ", ".join(p.train),
         anneals or "-",
         "-" if p.clip is None else f"{p.clip:g}",
+        described(p.rules) or "-",
+        *("-" if part is None else described(part) for part in (p.loss, p.metric, p.stop)),
     )
 
 
+def _annealed(how: Anneal) -> str:
+    """How a buffer is annealed, in words."""
+    return f"{how[0]:g}->{how[1]:g}" if isinstance(how, tuple) else described(how)
+
+
+def identity(phase: Phase) -> dict[str, str | None]:
+    """The phase in plain values, for a checkpoint to compare."""
+    values = {f.name: getattr(phase, f.name) for f in fields(phase)}
+    return {k: v if v is None or isinstance(v, str) else described(v) for k, v in values.items()}
+
+
 def _matching(patterns: Sequence[str], names: Sequence[str], what: str, phase: str) -> list[str]:
-    """The names that match; every pattern has to match one."""
+    """The names that match, less those that a pattern with ! takes out; every pattern has to match one."""
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in names):
             shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             raise PliantError(
                 got=f"the pattern {pattern!r} in phase {phase!r}",
                 expected=f"one that matches a {what} of the model: {shown or 'it has none'}",
                 do=f"see model.named_{what}s() for the names",
             )
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    wanted = [p for p in patterns if not p.startswith("!")]
+    unwanted = [p[1:] for p in patterns if p.startswith("!")]
+    found = [
+        n for n in names if any(fnmatchcase(n, p) for p in wanted) and not any(fnmatchcase(n, p) for p in unwanted)
+    ]
+    if patterns and not found:
+        raise PliantError(
+            got=f"the patterns {tuple(patterns)!r} in phase {phase!r}", expected=f"some {what} left to choose",
+            do='begin with a pattern that chooses, e.g. ("*", "!heads.*")',
+        )  # fmt: skip
+    return found
 
 
 def check(phases: Sequence[Phase], model: nn.Module) -> None:
-    """Every pattern of every phase matches something of ``model``."""
+    """Every pattern of every phase matches something of ``model`` with the rules of that phase."""
     if not phases:
         raise PliantError(got="no phases", expected="at least one", do="pass e.g. [Phase('joint', epochs=10)]")
     for phase in phases:
         _matching(phase.train, [n for n, _ in model.named_parameters(remove_duplicate=False)], "parameter", phase.name)
-        _matching(list(phase.anneal), [n for n, _ in model.named_buffers()], "buffer", phase.name)
+        known: dict[str, None] = {}  # a curriculum may bind the buffer's rule late
+        for epoch in range(phase.epochs if callable(phase.rules) else 1):
+            other = check_parts(model, parts_of(phase.rules, epoch), phase.name)
+            known |= dict.fromkeys(name for name, _ in other.named_buffers())
+        _matching(list(phase.anneal), list(known), "buffer", phase.name)
 
 
 def trained(phase: Phase, model: nn.Module) -> list[nn.Parameter]:
@@ -195,10 +245,11 @@ def anneal(phase: Phase, model: nn.Module, epoch: int) -> None:
     """Set the annealed buffers to what they are in ``epoch`` (from 0)."""
     share = epoch / max(1, phase.epochs - 1)
     for name, buffer in model.named_buffers():
-        for pattern, (start, end) in phase.anneal.items():
-            if fnmatchcase(name, pattern):
-                buffer.fill_(start + (end - start) * share)
-                break
+        how = next((how for pattern, how in phase.anneal.items() if fnmatchcase(name, pattern)), None)
+        if isinstance(how, tuple):
+            buffer.fill_(how[0] + (how[1] - how[0]) * share)
+        elif how is not None:
+            buffer.fill_(how(epoch))
 
 
 def optimizer_of(phase: Phase, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
