@@ -74,6 +74,9 @@ def test_sites_without_rows_count_nothing():
     trace = Trace(visits, (), (), 2)
     torch.testing.assert_close(TargetRate(0.6)(NONE, trace, NONE, 0.0), torch.tensor(0.01))
     torch.testing.assert_close(GateL1()(NONE, trace, NONE, 0.0), torch.tensor(0.5))
+    _, nothing = pliant.record(gates().eval())(torch.randn(0, 4))
+    for term in (FlopsBudget(0.5), BlockBounds(0.5), ResourceAware(0.5)):
+        assert term(NONE, nothing, NONE, 0.0) == 0
     nobody = Trace({"a": visits["a"]}, (), (), 0)
     for term in (TargetRate(0.6), GlobalTargetRate(0.6), GateL1()):
         assert term(NONE, nobody, NONE, 0.0) == 0

@@ -10,7 +10,7 @@ from torch import Tensor
 from pliant.core.errors import PliantError
 from pliant.core.trace import Trace
 from pliant.cost.account import expected_flops, expected_shares
-from pliant.losses.rate import Miss, squared
+from pliant.losses.rate import Miss, joint_means, squared
 
 
 class FlopsBudget:
@@ -39,8 +39,8 @@ class FlopsBudget:
 
     def __call__(self, y: Tensor, trace: Trace, target: Tensor, progress: float) -> Tensor:
         """The squared miss, no unit."""
-        dense = trace.dense_flops.to(torch.float64).mean().item()
-        return self.miss(expected_flops(trace).mean() / dense - self.share).float()
+        spent = expected_flops(trace) / trace.dense_flops.to(y.device).clamp_min(1)
+        return self.miss(joint_means({"share": spent}).get("share", y.sum() * 0 + self.share) - self.share).float()
 
 
 class BlockBounds:
@@ -76,7 +76,10 @@ class BlockBounds:
 
     def __call__(self, y: Tensor, trace: Trace, target: Tensor, progress: float) -> Tensor:
         """The mean over blocks, no unit."""
-        shares = torch.stack([s.mean() for s in expected_shares(trace).values() if len(s)] or [y.sum() * 0])
+        means = joint_means(expected_shares(trace))
+        if not means:
+            return y.sum() * 0
+        shares = torch.stack(list(means.values()))
         low, high = self.bounds(progress)
         return ((shares - high).relu() ** 2 + (low - shares).relu() ** 2).mean().float()
 

@@ -65,19 +65,23 @@ def _matching(trace: Trace, patterns: Mapping[str, Target]) -> dict[str, Target]
     return found
 
 
-def _rates(trace: Trace, sites: Mapping[str, Target], of: Callable[[Decision], Tensor]) -> dict[str, Tensor]:
-    """The mean value of each site, over all its visits and rows, and over all processes; none for a site without rows.
+def joint_means(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean of each (N,) tensor over all its rows, and over all processes that train together; none for one without rows.
 
     The gradient is the local mean's: averaged over processes by rows, as DDP training does, that's the joint mean's.
     """
-    values = {site: torch.cat([of(d).flatten() for d in trace[site]]) for site in sites}
-    rates = {site: v.mean() for site, v in values.items() if len(v)}
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return rates
+    means = {name: v.mean() for name, v in values.items() if len(v)}
+    if not values or not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return means
     sums = torch.stack([torch.stack([v.detach().sum(), v.new_tensor(float(len(v)))]) for v in values.values()])
     dist.all_reduce(sums)
     joint = dict(zip(values, sums[:, 0] / sums[:, 1], strict=True))
-    return {site: rate + (joint[site] - rate).detach() for site, rate in rates.items()}
+    return {name: mean + (joint[name] - mean).detach() for name, mean in means.items()}
+
+
+def _rates(trace: Trace, sites: Mapping[str, Target], of: Callable[[Decision], Tensor]) -> dict[str, Tensor]:
+    """The mean value of each site over all its visits."""
+    return joint_means({site: torch.cat([of(d).flatten() for d in trace[site]]) for site in sites})
 
 
 def _checked(targets: Mapping[str, Target]) -> dict[str, Target]:
