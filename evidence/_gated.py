@@ -1,4 +1,4 @@
-"""A small gated ResNet-20, and what its gates do on test images."""
+"""A small gated ResNet, and what its gates do on test images."""
 
 from __future__ import annotations
 

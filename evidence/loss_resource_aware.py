@@ -17,7 +17,7 @@ from pliant.losses import CrossEntropy, FlopsBudget, GlobalTargetRate, ResourceA
 from pliant.reproduce import Claim, Lab
 from pliant.study import accuracy
 
-ROWS, EPOCHS, SHARE, WEIGHT, SEEDS = 3_000, 6, 0.5, 10.0, (0, 1, 2)
+ROWS, EPOCHS, SHARE, WEIGHT, SEEDS = 2_500, 4, 0.5, 10.0, (0, 1, 2)
 DATA = told(ROWS, "; ResNet-14 of half the width, gates per block, not per pixel; the two blocks: normal random rows")
 TERMS = {"bounded": ResourceAware(SHARE), "free": FlopsBudget(SHARE)}
 
