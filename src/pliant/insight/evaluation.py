@@ -28,6 +28,7 @@ class Evaluation:
         dense_flops: FLOPs of one sample through the whole network.
         classes: name of every class.
         images: (N, C, H, W) in [0, 1], not normalised, or None.
+        probabilities: (E, N, number of classes), each exit's at its own temperature, for its calibration; or None.
 
     Raises:
         PliantError: for no samples, shapes that do not fit, or values out of their range.
@@ -55,6 +56,7 @@ class Evaluation:
     dense_flops: int
     classes: tuple[str, ...]
     images: Tensor | None = None
+    probabilities: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_shapes(self)
@@ -299,6 +301,12 @@ def _check_shapes(e: Evaluation) -> None:
                 expected=f"{shape}, as predictions of shape {(exits, samples)} ask for",
                 do=f"give {name} for the same exits and samples",
             )
+    if e.probabilities is not None and tuple(e.probabilities.shape) != (exits, samples, len(e.classes)):
+        raise PliantError(
+            got=f"probabilities of shape {tuple(e.probabilities.shape)}",
+            expected=f"{(exits, samples, len(e.classes))}: exits, samples, classes",
+            do="give every exit's softmax for every sample, or None",
+        )
     if e.images is not None and (e.images.dim() != 4 or len(e.images) != samples or e.images.shape[1] not in (1, 3)):
         raise PliantError(
             got=f"images of shape {tuple(e.images.shape)}",

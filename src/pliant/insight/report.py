@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from pliant.core.errors import PliantError
 from pliant.core.files import atomic
+from pliant.insight.calibration import Calibration, calibrations
 from pliant.insight.evaluation import Evaluation, Point, as_float32, correct, exits_at
 
 # Known columns of the table: heading, and how a number is shown. Other keys are shown under their own name.
@@ -98,8 +99,11 @@ def write_report(
     chosen = [as_float32(evaluation, point.thresholds) for point in points]
     data = _payload(evaluation, points, dial, chosen)
     data |= {"title": title, "notes": [str(note) for note in notes], "table": _table(rows), "statics": _statics(rows)}
+    opening = chosen[0] if chosen else dial[len(dial) // 2]
+    if evaluation.probabilities is not None:
+        found = calibrations(evaluation.probabilities, evaluation.labels, exits_at(evaluation, opening))
+        data["calibration"] = [_calibration(each) for each in found]
     if evaluation.images is not None:
-        opening = chosen[0] if chosen else dial[len(dial) // 2]
         spread = torch.linspace(0, len(dial) - 1, min(len(dial), 12)).round().long()
         room = PAGE_BYTES - len(_script(data)) - len(_template())
         data["pool"] = _pool(evaluation, evaluation.images, [opening, *chosen], dial[spread], room=room)
@@ -176,6 +180,16 @@ def _cell(value: object, kind: str) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}"
+
+
+def _calibration(found: Calibration) -> dict[str, object]:
+    """One exit's figures as plain data; JSON knows no NaN."""
+
+    def told(value: object) -> object:
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    figures = {k: told(v) for k, v in vars(found).items() if k != "bins"}
+    return {**figures, "bins": [[told(v) for v in (b.rows, b.confidence, b.accuracy)] for b in found.bins]}
 
 
 def _statics(rows: Sequence[Mapping[str, object]]) -> list[dict[str, float]]:
