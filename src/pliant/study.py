@@ -17,7 +17,8 @@ from pliant.core.trace import record
 from pliant.cost.count import describe, prices
 from pliant.cost.meter import interleaved, realised_share, threads
 from pliant.data import Dataset, RandomCrop, RandomFlip, Split
-from pliant.insight.evaluation import Evaluation, Point, random_exits, summary
+from pliant.insight.calibration import calibrations
+from pliant.insight.evaluation import Evaluation, Point, exits_at, random_exits, summary
 from pliant.losses import CrossEntropy, MultiExit, Total
 from pliant.rules.fixed import Always
 from pliant.systems.create import create_model
@@ -219,8 +220,19 @@ def evaluation_of(model: nn.Module, data: Dataset, *, held: HeldOut | None = Non
     if data.kind == "image":
         mean, std = (torch.tensor(v).reshape(1, -1, 1, 1) for v in (data.mean, data.std))
         images = (data.test.x * std + mean).clamp(0, 1)
+    scorers = {path: site.scorer for path, site in sites(model).items()}
+    # The last exit has no site, so no temperature either.
+    scales = [float(getattr(scorers[path], "temperature", 1.0)) for path in held.sites] + [1.0]
+    probabilities = (held.logits / torch.tensor(scales)[:, None, None]).softmax(-1)
     return Evaluation(
-        held.scores, held.logits.argmax(-1), held.labels, held.flops, int(held.flops.max()), data.classes, images
+        held.scores,
+        held.logits.argmax(-1),
+        held.labels,
+        held.flops,
+        int(held.flops.max()),
+        data.classes,
+        images,
+        probabilities,
     )
 
 
@@ -342,4 +354,10 @@ def measured(model: nn.Module, data: Dataset) -> dict[str, Any]:
         result = evaluation_of(model, data)
         thresholds = [float(dial_of(site)) for site in sites(model).values()]  # pyright: ignore[reportArgumentType]
         found["left_at"] = list(summary(result, thresholds).histogram)
+        if result.probabilities is not None:
+            exits = exits_at(result, thresholds)
+            each = calibrations(result.probabilities, result.labels, exits)
+            found["calibration"] = [
+                {k: None if v != v else v for k, v in vars(c).items() if k != "bins"} for c in each
+            ]  # JSON knows no NaN
     return found
