@@ -142,8 +142,9 @@ def described(value: Any) -> str:
         return "(" + ", ".join(map(described, value)) + ")"
     if isinstance(value, Tensor):
         return f"{value.item():.6g}" if value.numel() == 1 else f"tensor of {tuple(value.shape)}"
-    if hasattr(value, "terms"):
-        return _called(value, {"terms": value.terms})
+    terms = getattr(value, "terms", None)
+    if terms is not None:
+        return _called(value, {"terms": terms})
     text = repr(value)
     if " at 0x" in text or callable(value):
         return getattr(value, "__qualname__", None) or _called(value, getattr(value, "__dict__", {}))

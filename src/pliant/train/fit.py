@@ -211,7 +211,7 @@ class _Run:
         self.fabric.to_device(self.model)  # before it is bound: buffers are shared only where nothing moves afterwards
         parts = parts_of(phase.rules, max(0, first - 1))
         step, chosen = self.bind(phase, parts, loss)
-        optimizer = self.fabric.setup_optimizers(optimizer_of(phase, chosen))
+        optimizer: Any = self.fabric.setup_optimizers(optimizer_of(phase, chosen))
         if first > 0 and self.resumed:
             checkpoint.load_model_state(self.bound, self.resumed["bound"])
             optimizer.load_state_dict(self.resumed["optimizer"]["state"])
