@@ -16,6 +16,7 @@ from pliant.losses import (
     OneForAll,
     by_cost,
     by_depth,
+    conflict,
     constant,
     next_exit,
     previous_exit,
@@ -153,3 +154,23 @@ def test_weights_of_nothing_before_the_last_exit_leave_single_exit_training():
     MultiExit([0.0, 0.0, 1.0])(y, trace, target, 0.0).backward(retain_graph=True)
     wanted = torch.autograd.grad(F.cross_entropy(trace.exits[-1].logits, target), list(model.stages.parameters()))
     assert all(torch.equal(p.grad, g) for p, g in zip(model.stages.parameters(), wanted, strict=True))
+
+
+def test_conflict_is_the_cosine_of_two_exits_gradients():
+    model, _, trace, target = recorded()
+    first = list(model.stages[0].parameters())
+    flat = [
+        torch.cat(
+            [g.flatten() for g in torch.autograd.grad(F.cross_entropy(e.logits, target), first, retain_graph=True)]
+        )
+        for e in trace.exits
+    ]
+    got = conflict(trace, target, first)
+    for i in range(3):
+        for j in range(3):
+            torch.testing.assert_close(got[i, j], F.cosine_similarity(flat[i], flat[j], dim=0))
+    last = conflict(trace, target, model.stages[2].parameters())
+    assert last[:2].isnan().all()  # the earlier exits don't use the last stage
+    torch.testing.assert_close(last[2, 2], torch.ones((), dtype=torch.double))
+    with pytest.raises(PliantError, match="0 parameters"):
+        conflict(trace, target, [])

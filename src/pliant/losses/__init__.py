@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pliant.core.errors import PliantError
 from pliant.core.trace import Trace
+from pliant.losses.conflict import conflict
 from pliant.losses.cost import BlockBounds, FlopsBudget, ResourceAware
 from pliant.losses.distill import (
     OneForAll,
@@ -50,6 +51,7 @@ __all__ = [
     "above",
     "by_cost",
     "by_depth",
+    "conflict",
     "constant",
     "dense",
     "everywhere",
