@@ -112,16 +112,21 @@ def bind(model: nn.Module, parts: Mapping[str, Part | tuple[Part, ...]]) -> Any:
                 + (", ".join(map(repr, list(found)[:8])) or "a model that has sites"),
                 do="see pliant.sites(model) for the paths",
             )
+    rules: list[Rule] = []
     for path, site in found.items():
         values = next((values for pattern, values in chosen.items() if fnmatchcase(path, pattern)), ())
         for value in values:
             # A part takes the site's mode: a fresh estimator would sample inside a network in evaluation.
             fresh = copy.deepcopy(value).train(site.training)
             if isinstance(fresh, Rule):
+                fresh.replaces(site.rule)
                 site.rule = fresh
                 fresh.attach(path)
+                rules.append(fresh)
             else:
                 site.scorer = fresh
+    for rule in rules:
+        rule.settle(bound)
     return bound
 
 

@@ -59,6 +59,12 @@ class Rule(nn.Module, ABC):
     def attach(self, path: str) -> None:
         """Called by ``bind`` with the path of the site that this rule now serves."""
 
+    def replaces(self, rule: Rule) -> None:
+        """Called by ``bind`` with the rule that decided here before."""
+
+    def settle(self, model: nn.Module) -> None:
+        """Called by ``bind`` with the bound model, once every rule is in its place."""
+
 
 class Site(nn.Module):
     r"""A named place where a choice is made: :math:`d = \mathrm{rule}(\mathrm{scorer}(x))`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,10 @@ class Accounts:
         """FLOPs of each row with every site's costliest alternative."""
         raise TypeError("abstract")
 
+    def within(self, flops: float, paths: Sequence[str]) -> frozenset[str]:
+        """Which of the sites ``paths`` may spend so that no row's cost exceeds ``flops``, the first ones first."""
+        raise TypeError("abstract")
+
 
 Accountant = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Accounts]
 _accountant: list[Accountant] = []  # pliant.cost puts the one accountant here when it is imported
@@ -56,6 +60,13 @@ _accountant: list[Accountant] = []  # pliant.cost puts the one accountant here w
 def install(accountant: Accountant) -> None:
     """Let ``accountant`` price the calls that are recorded from now on."""
     _accountant[:] = [accountant]
+
+
+def priced(model: nn.Module, *args: Any) -> Accounts:
+    """The accounts of a call of ``model`` with ``args``, which isn't made."""
+    if not _accountant:
+        raise PliantError(got="no accountant", expected="prices", do="import pliant.cost")
+    return _accountant[0](model, args, {})
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pliant.core.decision import Decision
+from pliant.core.errors import PliantError
 from pliant.core.trace import Accounts, Trace, install
 from pliant.cost.count import Part, Prices, describe, prices
 
@@ -42,6 +43,23 @@ class Bill(Accounts):
         """Every site at its costliest alternative."""
         return torch.full((trace.batch,), _dense(self.prices, self.prices.root), dtype=torch.int64)
 
+    def within(self, flops: float, paths: Sequence[str]) -> frozenset[str]:
+        """Which of the sites ``paths`` may spend so that no row's cost exceeds ``flops``, the first ones first."""
+        table = self.prices
+        low, high = (_most(table, table.root, shut) for shut in (frozenset(paths), frozenset[str]()))
+        if not low <= flops:
+            raise PliantError(
+                got=f"a budget of {flops:,.0f} FLOPs per row",
+                expected=f"at least the cheapest path's {low:,} (dense: {high:,})",
+                do="raise the budget, or bind the rule to more sites",
+            )
+        ran = dict.fromkeys(path for path, _, _ in table.parts if path in set(paths))  # in the order of execution
+        shut = frozenset(paths)
+        for path in ran:
+            if _most(table, table.root, shut - {path}) <= flops:
+                shut -= {path}
+        return frozenset(paths) - shut
+
 
 def _alternatives(table: Prices, part: Part) -> list[tuple[tuple[str, int], dict[str, Part]]]:
     """The sites decided inside ``part``, each with the parts of its choices."""
@@ -52,11 +70,19 @@ def _alternatives(table: Prices, part: Part) -> list[tuple[tuple[str, int], dict
 
 
 def _dense(table: Prices, part: Part) -> int:
+    return _most(table, part, frozenset())
+
+
+def _most(table: Prices, part: Part, shut: frozenset[str]) -> int:
+    """The most that a row can pay for ``part`` when the sites ``shut`` save unasked."""
     total = part.own
-    for _, choices in _alternatives(table, part):
-        costs = {choice: _dense(table, inner) for choice, inner in choices.items()}
-        total += costs.pop("score", 0)
-        total += max(costs.values(), default=0)
+    for (path, _), choices in _alternatives(table, part):
+        costs = {choice: _most(table, inner, shut) for choice, inner in choices.items()}
+        if path in shut:
+            total += costs.get("0", 0)
+        else:
+            total += costs.pop("score", 0)
+            total += max(costs.values(), default=0)
     return total
 
 

@@ -44,6 +44,8 @@ class Planned(Executor):
         Survey sections 2.1.1 (2c) and 5.1.2; Wu et al., BlockDrop, CVPR 2018.
     """
 
+    plans = True
+
     def __init__(
         self, site: Site, chain: nn.Module, *, stem: nn.Module | None = None, head: nn.Module | None = None
     ) -> None:
@@ -71,7 +73,7 @@ class Planned(Executor):
                 expected="(rows, sites)",
                 do="score all planned sites (pliant.scores.Policy), and make the site with shape=(sites,)",
             )
-        if decision.soft is plan:
+        if decision.is_weight:
             raise PliantError(
                 got="a plan of weights, from a soft rule",
                 expected="values 0 and 1",

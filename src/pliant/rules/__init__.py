@@ -1,12 +1,25 @@
-"""How scores become a value: thresholds, the k best, halting, fixed rules, soft weights."""
+"""How scores become a value: thresholds, the k best, halting, budgets, fixed rules, soft weights."""
 
 from __future__ import annotations
 
 from pliant.core.site import Rule
+from pliant.rules.budget import AtMost
 from pliant.rules.fixed import Always, Given, Never, Random
 from pliant.rules.halting import Halting
 from pliant.rules.soft import ReluTanh, Sigmoid
 from pliant.rules.threshold import Threshold
 from pliant.rules.topk import TopK
 
-__all__ = ["Always", "Given", "Halting", "Never", "Random", "ReluTanh", "Rule", "Sigmoid", "Threshold", "TopK"]
+__all__ = [
+    "Always",
+    "AtMost",
+    "Given",
+    "Halting",
+    "Never",
+    "Random",
+    "ReluTanh",
+    "Rule",
+    "Sigmoid",
+    "Threshold",
+    "TopK",
+]
