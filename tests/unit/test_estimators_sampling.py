@@ -252,6 +252,10 @@ def test_slope_annealing_has_the_written_values_and_phases_give_the_same() -> No
     for epoch in (0, 1, 50, 100):
         anneal(rise, model, epoch)
         assert slope.item() == pytest.approx(Ramp()(epoch))
+    forever = Phase("anneal", epochs=201, anneal={"*slope": Ramp()})
+    for epoch, wanted in ((0, 1.0), (50, 3.0), (200, 5.0)):
+        anneal(forever, model, epoch)
+        assert slope.item() == wanted
     with pytest.raises(PliantError, match="matches a buffer"):
         Ramp().apply(model, "*slop", 0)
     assert [Decay(0.01)(t) for t in (0, 1000)] == [1.0, 0.5]
