@@ -12,22 +12,24 @@ from torch import Tensor, nn
 from pliant.core.bind import sites
 from pliant.core.errors import PliantError
 from pliant.tune.dial import Dial
-from pliant.tune.held_out import HeldOut, Loader, collect, is_chain
+from pliant.tune.held_out import HeldOut, Loader, collect, is_chain, refuse_test, spread
+from pliant.tune.lagrangian import lagrangian
 from pliant.tune.point import OperatingPoint
+from pliant.tune.risk import controlled, lost
 from pliant.tune.solvers import cheapest, geometric, search
 from pliant.tune.temperature import calibration_error, fit_temperature
 
 Solver = Callable[[HeldOut, float], Tensor]
 
 __all__ = [
-    "HeldOut", "Loader", "OperatingPoint", "Solver", "calibration_error", "cheapest", "collect", "fit_temperature",
-    "geometric", "search", "tune",
+    "HeldOut", "Loader", "OperatingPoint", "Solver", "calibration_error", "cheapest", "collect", "controlled",
+    "fit_temperature", "geometric", "lagrangian", "lost", "search", "spread", "tune",
 ]  # fmt: skip
 
 
 def tune(
     model: nn.Module, loader: Loader, *, budget: float | None = None, risk: float | None = None, solver: Solver = search,
-    temperature: Callable[[Tensor, Tensor], float] | None = fit_temperature,
+    temperature: Callable[[Tensor, Tensor], float] | None = fit_temperature, delta: float | None = None,
 ) -> OperatingPoint:  # fmt: skip
     r"""Set the thresholds of ``model`` on held-out data: for a budget in mean FLOPs, or for an allowed loss of accuracy.
 
@@ -36,11 +38,14 @@ def tune(
 
     Args:
         model: in evaluation mode; its thresholds and temperatures are set **in place**, and the point travels with it.
-        loader: held-out batches ``(x, labels)``, never the test set; may be walked several times.
+        loader: held-out batches ``(x, labels)``, never the test set; may be walked several times. What says of itself that
+            it is a test set (``train=False``, ``split="test"``) is refused.
         budget: share of the dense network's FLOPs, in (0, 1].
         risk: allowed loss of held-out accuracy against the dense network, in [0, 1]; the cheapest such point is taken.
-        solver: thresholds of a chain for a budget, from what its exits say (``search`` or ``geometric``).
+        solver: thresholds of a chain for a budget, from what its exits say (``search``, ``geometric`` or ``lagrangian``).
         temperature: fits one exit's temperature; None leaves them.
+        delta: with ``risk``, for a chain: the loss of accuracy on new data exceeds ``risk`` with at most this probability
+            (see ``controlled``). Temperatures are left as they are, since the same rows can't serve twice.
 
     Returns:
         The operating point.
@@ -71,6 +76,11 @@ def tune(
         )
     if risk is not None and not 0 <= risk <= 1:
         raise PliantError(got=f"risk {risk}", expected="an accuracy loss in [0, 1]", do="pass e.g. 0.01 for one point")
+    if delta is not None and (risk is None or not (0 < delta < 1 and 0 < risk < 1)):
+        raise PliantError(
+            got=f"delta={delta} with risk={risk}", expected="both in (0, 1)", do="pass e.g. risk=0.01, delta=0.05"
+        )
+    refuse_test(loader)
     if model.training:
         raise PliantError(
             got="a model in training mode", expected="evaluation mode", do="call model.eval() first: batch norm matters"
@@ -81,7 +91,16 @@ def tune(
             got=f"{len(sites(model))} sites and {len(batches)} batches", expected="at least one of each",
             do="pass a model that decides something, and held-out data",
         )  # fmt: skip
-    if is_chain(model, batches[0][0]):
+    chain = is_chain(model, batches[0][0])
+    if delta is not None and not chain:
+        raise PliantError(
+            got="delta for a model that isn't a chain of exits",
+            expected="a chain",
+            do="leave delta out for gated models",
+        )
+    if chain and delta is not None:
+        point = _controlled_chain(model, batches, float(risk or 0.0), delta)
+    elif chain:
         point = _tune_chain(model, batches, budget, risk, solver, temperature)
     else:
         dial = Dial(model, batches)
@@ -123,6 +142,17 @@ def _tune_chain(
     return OperatingPoint(
         dict(zip(held.sites, thresholds.tolist(), strict=True)), temperatures, accuracy=accuracy, flops=flops,
         dense_flops=int(held.flops.max()), rows=len(held.labels), solver=named if budget is not None else "cheapest",
+        spread=held.spread(thresholds),
+    )  # fmt: skip
+
+
+def _controlled_chain(model: nn.Module, batches: list[Any], risk: float, delta: float) -> OperatingPoint:
+    held = collect(model, batches)
+    thresholds = controlled(held, risk, delta=delta)
+    accuracy, flops = held.evaluate(thresholds)
+    return OperatingPoint(
+        dict(zip(held.sites, thresholds.tolist(), strict=True)), accuracy=accuracy, flops=flops, delta=delta,
+        dense_flops=int(held.flops.max()), rows=len(held.labels), solver="controlled", spread=held.spread(thresholds),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pliant.core.bind import share, sites
 from pliant.core.errors import PliantError
 from pliant.core.trace import record
-from pliant.tune.held_out import Loader, all_on, device_of, run
+from pliant.tune.held_out import Loader, all_on, device_of, run, spread
 from pliant.tune.point import OperatingPoint, dial
 
 
@@ -56,8 +56,11 @@ class Dial:
         thresholds = {path: _quantile(scores, position) for path, scores in self.samples.items()}
         point = OperatingPoint(thresholds, solver="dial")
         point.apply(self.trial)
-        accuracy, flops, dense, rows = run(self.trial, self.loader)
-        return replace(point, accuracy=accuracy, flops=flops, dense_flops=dense, rows=rows)
+        accuracy, flops, dense = run(self.trial, self.loader)
+        mean = flops.double().mean().item()
+        return replace(
+            point, accuracy=accuracy, flops=mean, dense_flops=dense, rows=len(flops), spread=spread(flops)
+        )  # fmt: skip
 
     def for_budget(self, budget: float, *, rounds: int = 12) -> OperatingPoint:
         """The costliest position within ``budget``, a share of dense FLOPs, by bisection.

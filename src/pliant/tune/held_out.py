@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -50,6 +51,37 @@ class HeldOut:
         exits = self.leaves(thresholds)
         right = self.correct.gather(0, exits[None]).double().mean().item()
         return right, self.flops[exits].double().mean().item()
+
+    def spread(self, thresholds: Tensor) -> dict[str, float]:
+        """Cost of the rows under ``thresholds``; see :func:`spread`."""
+        return spread(self.flops[self.leaves(thresholds)])
+
+
+def spread(flops: Tensor) -> dict[str, float]:
+    """Median, 95th percentile and maximum of rows' FLOPs: a mean hides what the dear rows cost.
+
+    >>> spread(torch.tensor([10, 10, 10, 30]))
+    {'p50': 10.0, 'p95': 30.0, 'max': 30.0}
+    """
+    ordered = flops.double().sort().values
+    at = {"p50": 0.5, "p95": 0.95, "max": 1.0}
+    return {k: ordered[max(0, math.ceil(q * len(ordered)) - 1)].item() for k, q in at.items()}
+
+
+def refuse_test(loader: object) -> None:
+    """Refuse what says of itself that it is a test set: ``split``, ``part`` or ``name`` "test", or ``train=False``.
+
+    Raises:
+        PliantError: where it is one. Plain lists of tensors say nothing of themselves.
+    """
+    while loader is not None:
+        named = next((str(getattr(loader, n, "")) for n in ("split", "part") if hasattr(loader, n)), "")
+        if named.lower() == "test" or getattr(loader, "train", None) is False:
+            raise PliantError(
+                got=f"the test set ({type(loader).__name__})", expected="held-out data that is no test set",
+                do="split some training data off: thresholds chosen on the test set make its figures worthless",
+            )  # fmt: skip
+        loader = getattr(loader, "dataset", None)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -110,19 +142,20 @@ def _cost(model: nn.Module, names: tuple[str, ...], k: int, x: Tensor) -> int:
 
 
 @torch.no_grad()
-def run(model: nn.Module, loader: Loader) -> tuple[float, float, int, int]:
-    """Accuracy, mean executed FLOPs, dense FLOPs and rows of ``model`` on ``loader``, by really running it."""
-    right = spent = rows = dense = 0
+def run(model: nn.Module, loader: Loader) -> tuple[float, Tensor, int]:
+    """Accuracy, each row's executed FLOPs, and the dense FLOPs of ``model`` on ``loader``, by really running it."""
+    right = dense = 0
+    spent: list[Tensor] = []
     recorder = record(model)
     for x, target in loader:
         y, trace = recorder(x.to(device_of(model)))
         right += int((y.argmax(-1).cpu() == target).sum())
-        spent += int(trace.flops.sum())
+        spent.append(trace.flops.cpu())
         dense = int(trace.dense_flops[0]) if len(x) else dense
-        rows += len(x)
+    rows = sum(map(len, spent))
     if rows == 0:
         raise PliantError(got="no held-out rows", expected="at least one batch", do="pass a loader of (x, labels)")
-    return right / rows, spent / rows, dense, rows
+    return right / rows, torch.cat(spent), dense
 
 
 def all_on(model: nn.Module) -> nn.Module:

@@ -37,6 +37,8 @@ class OperatingPoint:
         dense_flops: FLOPs of the dense network per row.
         rows: how many rows were held out.
         solver: what chose the thresholds.
+        spread: median ("p50"), "p95" and "max" of the held-out rows' FLOPs.
+        delta: allowed probability that the risk on new data is above ``risk``, if that was asked.
 
     >>> point = OperatingPoint({"sites.0": 0.5}, accuracy=0.9, flops=50.0, dense_flops=100, rows=10, solver="geometric")
     >>> OperatingPoint.from_dict(point.to_dict()) == point, point.share
@@ -52,6 +54,8 @@ class OperatingPoint:
     dense_flops: int = 0
     rows: int = 0
     solver: str = ""
+    spread: Mapping[str, float] = field(default_factory=dict)
+    delta: float | None = None
 
     @property
     def share(self) -> float:
