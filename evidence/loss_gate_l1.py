@@ -11,7 +11,7 @@ from pliant.losses import CrossEntropy, GateL1, Scheduled, Total, rising
 from pliant.reproduce import Claim, Lab
 from pliant.study import accuracy
 
-ROWS, EPOCHS, WEIGHTS, SEEDS = 3_000, 4, (0.0, 1e-3, 1e-2, 1e-1, 1.0), (0,)
+ROWS, EPOCHS, WEIGHTS, SEEDS = 2_000, 4, (0.0, 1e-3, 1e-2, 1e-1, 1.0), (0,)
 DATA = told(
     ROWS, "; gates of a ResNet-14 of half the width (the claim about pixel masks isn't run: no pixel masks here yet)"
 )
