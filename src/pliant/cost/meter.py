@@ -34,14 +34,16 @@ def threads(count: int) -> Iterator[None]:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], *, rounds: int = 7, on_threads: int = 1
-) -> dict[str, Timing]:
+    calls: Mapping[str, Callable[[], object]], *, rounds: int = 7, on_threads: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:  # fmt: skip
     """Time several calls in turn, A B C A B C ..., so that a machine that drifts is unfair to none.
 
     Args:
         calls: by name; each is run once untimed first. Assert that their outputs agree before timing them.
         rounds: counted rounds.
         on_threads: threads for PyTorch's operators; one is what shared machines measure well.
+        clock: seconds; ``time.thread_time`` leaves out what others on the machine take, for calls on this one thread.
 
     Returns:
         Seconds by name. Quote ratios of minima, not absolute times.
@@ -63,9 +65,9 @@ def interleaved(
             call()
         for _ in range(rounds):
             for name, call in calls.items():
-                start = time.perf_counter()
+                start = clock()
                 call()
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: Timing(min(s), statistics.median(s), rounds) for name, s in seconds.items()}
 
 
