@@ -84,9 +84,11 @@ def run(lab: Lab) -> list[Claim | Table]:
         *(Claim(f"realised test cost is within 3 points of each of ten budgets from 30 % to 90 % ({name})",
                 f"{100 * max(each):.2f} points off at most", "<= 3 points", max(each) <= 0.03, each)
           for name, each in off.items()),
-        Claim("on made scores the Lagrangian solver is never worse than the geometric one", f"{100 * max(worse):+.2f} points at the worst of {len(sets)} sets and budgets",
+        Claim("on made scores the Lagrangian solver is never worse than the geometric one",
+              f"{100 * max(worse):+.2f} points at the worst of {len(sets)} sets and budgets",
               "<= 0", max(worse) <= 0, worse),
-        Claim("and within 0.2 point of the best of 20^3 thresholds", f"{100 * max(short):+.2f} points short at the worst", "<= 0.2 points", max(short) <= 0.002, short),
+        Claim("and within 0.2 point of the best of 20^3 thresholds",
+              f"{100 * max(short):+.2f} points short at the worst", "<= 0.2 points", max(short) <= 0.002, short),
         Claim("thresholds that change when the held-out rows are shuffled", f"{sum(moved):.0f}", "0", not any(moved), moved),
         Claim("share of test rows that lose a right answer, thresholds controlled for 2 % with delta 10 %",
               ", ".join(f"{100 * r:.2f} %" for r in risks), "<= 2 %", max(risks) <= 0.02, risks),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -156,10 +157,12 @@ def _controlled_chain(model: nn.Module, batches: list[Any], risk: float, delta: 
     )  # fmt: skip
 
 
+@torch.no_grad()
 def _rescored(held: HeldOut, scorers: dict[str, Any], temperatures: dict[str, float]) -> Tensor:
-    """The scores at other temperatures, by the scorers themselves, their own temperatures left alone."""
+    """The scores at other temperatures, by copies of the scorers."""
     rows = []
     for k, path in enumerate(held.sites):
-        scale = float(scorers[path].temperature) / temperatures[path]
-        rows.append(scorers[path](held.logits[k].to(scorers[path].temperature.device) * scale).float().cpu())
+        twin = copy.deepcopy(scorers[path])
+        twin.temperature.fill_(temperatures[path])
+        rows.append(twin(held.logits[k].to(twin.temperature.device)).float().cpu())
     return torch.stack(rows)

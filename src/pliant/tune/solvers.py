@@ -114,7 +114,9 @@ def search(held: HeldOut, flops: float, *, steps: int = 24, rounds: int = 6) -> 
     if exits == 0:
         return current
     q = torch.linspace(0, 1, steps + 1)[1:].double()
-    candidates = torch.stack([s.double().quantile(q, interpolation="midpoint").float() for s in held.scores])
+    # A NaN score never leaves, so it is no candidate; where all are NaN, nor is anything else.
+    middle = [s.double().nanquantile(q, interpolation="midpoint").float() for s in held.scores]
+    candidates = torch.stack(middle).nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
     candidates = torch.cat([torch.full((exits, 1), float("-inf")), candidates], 1)
     evaluate = _Evaluator(held)
     best = evaluate(current)
