@@ -108,6 +108,20 @@ def test_estimators_learn_a_plan() -> None:
         assert p.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("form", [pliant.masked, pliant.gathered])
+def test_the_expected_cost_of_a_plan_moves_the_policy(form: Callable[..., nn.Module]) -> None:
+    net = form(planned(estimators.ScoreFunction(rules.Threshold(0.0))).train())
+    _, trace = pliant.record(net)(torch.randn(5, 3, 8, 8))
+    (plan,) = trace["site"]
+    for gate, path in enumerate(f"chain.blocks.{k}.site" for k in (0, 1, 3)):
+        (decision,) = trace[path]
+        assert torch.equal(decision.value, plan.value[:, gate])
+        assert torch.equal(decision.soft, plan.soft[:, gate])  # pyright: ignore[reportArgumentType, reportOptionalSubscript]
+        assert decision.log_prob is None  # it counts once, where it was drawn
+    pliant.cost.expected_flops(trace).mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.site.scorer.linear.parameters())  # pyright: ignore
+
+
 def test_exits_take_a_plan_too() -> None:
     heads = [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, 3)) for _ in range(3)]
     chain = Exits([nn.Conv2d(3, CHANNELS, 3), conv(), conv()], heads, [site(), site()])

@@ -97,15 +97,18 @@ class Site(nn.Module):
         self.rule = rule
         self.shape = shape
 
-    def forward(self, x: Any, *, given: Tensor | None = None, carry: Any = None) -> Decision:
-        """Decide for every row of ``x``; ``given`` values are taken as they are and nothing is scored."""
+    def forward(self, x: Any, *, given: Tensor | Outcome | None = None, carry: Any = None) -> Decision:
+        """Decide for every row of ``x``; what is ``given`` is taken as it is and nothing is scored.
+
+        An outcome also says by which soft value the giver decided, so that an expected cost has its gradient.
+        """
         here = tape.here()
         visit = 0 if here.tape is None else here.tape.visits(self)
         first = x if isinstance(x, Tensor) else _first(x)
         rows = first.shape[0]
         scores: Tensor | None = None
         if given is not None:
-            outcome = Outcome(given)
+            outcome = given if isinstance(given, Outcome) else Outcome(given)
         else:
             rule = self.rule
             if not rule.reads_scores:

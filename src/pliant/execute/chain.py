@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pliant.core.errors import PliantError
+from pliant.core.site import Outcome
 from pliant.execute.skip import Carried, Residual, Skip
 
 
@@ -26,7 +27,8 @@ class Chain(nn.Module):
     choose the memory's rows along with the features.
 
     Shape:
-        ``x``: what the first block takes, rows first; ``given``: :math:`(R, K)` for the :math:`K` gated blocks in order.
+        ``x``: what the first block takes, rows first; ``given``: :math:`(R, K)` for the :math:`K` gated blocks in order, or an
+        outcome of that shape whose soft value tells the planner's probabilities.
 
     Args:
         blocks: :class:`Skip` and :class:`Residual` blocks, and any other modules between them.
@@ -53,22 +55,27 @@ class Chain(nn.Module):
         # Looked up once, since what wraps a block later (checkpointing, compiling) is of another type.
         self.gates = [gated(block) for block in blocks]
 
-    def forward(self, x: Any, given: Tensor | None = None) -> Any:
+    def forward(self, x: Any, given: Tensor | Outcome | None = None) -> Any:
         """The last block's output; with the memory after the last gate where ``x`` is :class:`Carried`."""
-        if given is not None and given.shape[1:] != (sum(self.gates),):
+        plan = given if given is None or isinstance(given, Outcome) else Outcome(given)
+        if plan is not None and plan.value.shape[1:] != (sum(self.gates),):
             raise PliantError(
-                got=f"a plan of shape {tuple(given.shape)}",
+                got=f"a plan of shape {tuple(plan.value.shape)}",
                 expected=f"(rows, {sum(self.gates)}), a value for each gated block",
                 do="plan all gates of the chain, in order",
             )
         state, gate = x if isinstance(x, Carried) else Carried(x), 0
         for block, decides in zip(self.blocks, self.gates, strict=True):
             if decides:
-                state = block(state) if given is None else block(state, given=given[:, gate])
+                state = block(state) if plan is None else block(state, given=_column(plan, gate))
                 gate += 1
             else:
                 state = Carried(block(state.x), state.carry)
         return state if isinstance(x, Carried) else state.x
+
+
+def _column(plan: Outcome, gate: int) -> Outcome:
+    return Outcome(plan.value[:, gate], None if plan.soft is None else plan.soft[:, gate])
 
 
 class Remember(nn.Module):

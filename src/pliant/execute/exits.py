@@ -13,7 +13,7 @@ from pliant.core import tape
 from pliant.core.decision import Decision
 from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
-from pliant.core.site import Score, Site
+from pliant.core.site import Outcome, Score, Site
 from pliant.execute import rows
 from pliant.execute.heads import Linked
 
@@ -129,13 +129,13 @@ class Exits(Executor):
                 said = [self.heads[k](x, *said) if self.linked[k] else self.heads[k](x)]
         return said[-1]
 
-    def masked(self, x: Any, given: Tensor | None = None) -> Tensor:
+    def masked(self, x: Any, given: Tensor | Outcome | None = None) -> Tensor:
         """Every stage and every exit for every row, mixed by the values."""
-        return self._rest(self._links(), _go_on_masked, 0, [x, given, None, None, None])
+        return self._rest(self._links(), _go_on_masked, 0, [x, _values(given), None, None, None])
 
-    def gathered(self, x: Any, given: Tensor | None = None) -> Tensor:
+    def gathered(self, x: Any, given: Tensor | Outcome | None = None) -> Tensor:
         """Only what the rows still there need."""
-        return self._rest(self._links(), _go_on_gathered, 0, [x, given, None, None, None])
+        return self._rest(self._links(), _go_on_gathered, 0, [x, _values(given), None, None, None])
 
     def _links(self) -> _Links:
         """What every exit needs, looked up once a call: in each exit anew it would cost as much as the decision."""
@@ -168,6 +168,10 @@ class Exits(Executor):
             return self._rest(links, go_on, k + 1, chosen)
 
         return go_on(site, decision, rest, state, early)
+
+
+def _values(given: Tensor | Outcome | None) -> Tensor | None:
+    return given.value if isinstance(given, Outcome) else given
 
 
 _Links = list[tuple[nn.Module, nn.Module, Site | None]]

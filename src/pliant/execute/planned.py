@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
-from pliant.core.site import Site
+from pliant.core.site import Outcome, Site
 
 
 class Planned(Executor):
@@ -79,4 +79,7 @@ class Planned(Executor):
                 expected="values 0 and 1",
                 do="use a Threshold, or an estimator around one, as the policy's rule",
             )
-        return self.head(self.chain(self.stem(x), given=plan))
+        # With the soft plan, the blocks' expected cost moves the policy; its log-probability stands on its own site alone.
+        return self.head(
+            self.chain(self.stem(x), given=plan if decision.soft is None else Outcome(plan, decision.soft))
+        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.core.executor import Executor
-from pliant.core.site import Site
+from pliant.core.site import Outcome, Site
 from pliant.execute import rows
 
 
@@ -60,7 +60,7 @@ class Skip(Executor):
         features, carry = _opened(x)
         return _closed(x, self.block(features), carry)
 
-    def masked(self, x: Any, given: Tensor | None = None) -> Any:
+    def masked(self, x: Any, given: Tensor | Outcome | None = None) -> Any:
         """Both alternatives for every row, mixed by the value."""
         features, carry = _opened(x)
         decision = self.site(features, given=given, carry=carry)
@@ -68,7 +68,7 @@ class Skip(Executor):
         off = features if self.otherwise is None else rows.run_masked(self.site, decision, 0, self.otherwise, features)
         return _closed(x, rows.mix(decision, on, off), decision.carry)
 
-    def gathered(self, x: Any, given: Tensor | None = None) -> Any:
+    def gathered(self, x: Any, given: Tensor | Outcome | None = None) -> Any:
         """Each alternative for its own rows."""
         features, carry = _opened(x)
         decision = self.site(features, given=given, carry=carry)
@@ -112,7 +112,7 @@ class Residual(Executor):
         features, carry = _opened(x)
         return _closed(x, self.shortcut(features) + self.branch(features), carry)
 
-    def masked(self, x: Any, given: Tensor | None = None) -> Any:
+    def masked(self, x: Any, given: Tensor | Outcome | None = None) -> Any:
         """The branch for every row, weighted by the value."""
         features, carry = _opened(x)
         decision = self.site(features, given=given, carry=carry)
@@ -120,7 +120,7 @@ class Residual(Executor):
         y = self.shortcut(features) + rows.mix(decision, branch, torch.zeros_like(branch))
         return _closed(x, y, decision.carry)
 
-    def gathered(self, x: Any, given: Tensor | None = None) -> Any:
+    def gathered(self, x: Any, given: Tensor | Outcome | None = None) -> Any:
         """The branch for the rows that chose it."""
         features, carry = _opened(x)
         decision = self.site(features, given=given, carry=carry)
