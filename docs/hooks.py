@@ -36,6 +36,11 @@ def _link(row: Row) -> str:
     return f" ([evidence](evidence.md#{row.same_as or row.id}))" if row.evidence else ""
 
 
+def _component(row: Row) -> str:
+    """What a row that is a part is called here."""
+    return f": `{row.component}`" if row.component else ""
+
+
 def catalogue() -> str:
     """Every row, by part of the survey."""
     found = rows()
@@ -44,7 +49,7 @@ def catalogue() -> str:
         text.append(f"## {part.capitalize()}")
         text.append(_table(
             ("id", "name", "survey", "paper", "status"),
-            [(f"`{r.id}`", r.name, r.survey, r.paper, r.status + _link(r)) for r in members],
+            [(f"`{r.id}`", r.name + _component(r), r.survey, r.paper, r.status + _link(r)) for r in members],
         ))  # fmt: skip
     return "\n\n".join(text)
 

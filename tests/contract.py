@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import pliant
 from pliant import rules
+from pliant.systems.table import builder
 
 SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "msdnet": ({"exits": 3, "base": 1, "step": 1, "channels": 4}, (6, 3, 32, 32)),
@@ -17,8 +18,23 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "sdn": ({"backbone": "resnet8", "at": (0.3, 0.6)}, (6, 3, 32, 32)),
     "big_little_dnn": ({"little": "cnn2", "big": "resnet8"}, (6, 3, 32, 32)),
     "convnet_aig": ({"depth": 14}, (6, 3, 32, 32)),
-}
+    "halting_score": ({"units": 3, "channels": 8, "bias": -0.5}, (6, 3, 16, 16)),
+    "policy_network": ({"depth": 8, "view": 8}, (6, 3, 16, 16)),
+    **dict.fromkeys(
+        ("gating_function", "gate_relu_tanh", "ste", "ste_slope_annealing", "gumbel_softmax", "binary_concrete",
+         "improved_semhash"),
+        ({"depth": 8}, (6, 3, 16, 16)),
+    ),
+    **dict.fromkeys(
+        ("conf_max_softmax", "conf_entropy", "conf_margin", "conf_patience", "gradient_equilibrium",
+         "inline_subnetwork_collaboration"),
+        ({"exits": 3, "step": 1, "channels": 4}, (6, 3, 16, 16)),
+    ),
+}  # fmt: skip
 """From the id of a system to the arguments of a small one and the shape of its input."""
+
+SYSTEMS = list({builder(id): id for id in reversed(pliant.list_models())}.values())[::-1]
+"""Every system once: several rows of section 5 are parts that are shown on the same network."""
 
 
 def ready(id: str) -> tuple[nn.Module, Tensor]:

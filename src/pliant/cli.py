@@ -199,7 +199,7 @@ def info(id: Annotated[str, typer.Argument(help="Id from 'pliant list'.")], as_j
             arguments = {p.name: None if p.default is p.empty else p.default for p in parameters}
     value = {
         "id": found.id, "name": found.name, "survey": found.survey, "ref": found.ref, "paper": found.paper,
-        "status": found.status, "evidence": found.evidence, "arguments": arguments,
+        "status": found.status, "component": found.component, "evidence": found.evidence, "arguments": arguments,
     }  # fmt: skip
     if as_json:
         _print_json(value)

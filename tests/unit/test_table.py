@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
@@ -93,3 +94,10 @@ def test_mistakes_are_told():
         create_model("skipnet")
     with pytest.raises(pliant.PliantError, match="'depht'"):
         create_model("msdnet", depht=3)
+
+
+@pytest.mark.parametrize("id", list(table.PARTS))
+def test_a_part_has_the_name_that_the_catalogue_says(id):
+    *module, name = row(id).component.split(".")
+    assert callable(getattr(importlib.import_module(".".join(module)), name))
+    assert row("msdnet").component is None

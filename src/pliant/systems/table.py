@@ -22,6 +22,34 @@ BUILDERS: dict[str, str] = {
     "big_little_dnn": "pliant.systems.depth.big_little_dnn:big_little_dnn",
     "convnet_aig": "pliant.systems.depth.convnet_aig:convnet_aig",
 }
+PARTS: dict[str, str] = {
+    "conf_max_softmax": "pliant.scores.MaxProbability",
+    "conf_entropy": "pliant.scores.Entropy",
+    "conf_margin": "pliant.scores.Margin",
+    "conf_patience": "pliant.scores.Patience",
+    "halting_score": "pliant.execute.Halting",
+    "exit_threshold_search": "pliant.tune.tune",
+    "temperature_scaling": "pliant.tune.fit_temperature",
+    "policy_network": "pliant.scores.Policy",
+    "gating_function": "pliant.scores.MLPGate",
+    "gate_relu_tanh": "pliant.rules.ReluTanh",
+    "loss_multi_exit": "pliant.losses.MultiExit",
+    "gradient_equilibrium": "pliant.execute.equilibrium",
+    "inline_subnetwork_collaboration": "pliant.execute.collaborative",
+    "one_for_all_kd": "pliant.losses.OneForAll",
+    "loss_target_rate": "pliant.losses.TargetRate",
+    "loss_gate_l1": "pliant.losses.GateL1",
+    "loss_resource_aware": "pliant.losses.ResourceAware",
+    "subnetwork_distillation": "pliant.losses.SubnetworkDistillation",
+    "ste": "pliant.estimators.StraightThrough",
+    "ste_slope_annealing": "pliant.estimators.HardSigmoid",
+    "gumbel_softmax": "pliant.estimators.Gumbel",
+    "binary_concrete": "pliant.estimators.BinaryConcrete",
+    "improved_semhash": "pliant.estimators.SemHash",
+}
+"""Rows of section 5 that are parts: what they are called here. Each is built on the network of systems/training.py."""
+
+BUILDERS |= {id: f"pliant.systems.training:{id}" for id in PARTS}
 _HERE = Path(__file__).parent
 _CHECKOUT = _HERE.parents[2]
 
@@ -47,6 +75,11 @@ class Row:
     paper: str
     same_as: str
     part: str
+
+    @property
+    def component(self) -> str | None:
+        """Where the row is a part that any model may use: its name in this library."""
+        return PARTS.get(self.same_as or self.id)
 
     @property
     def status(self) -> str:

@@ -1,0 +1,99 @@
+"""The networks that section 5's parts are shown on: a gated ResNet, a chain of exits, a halting loop, a planned ResNet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from pliant import estimators
+from pliant.core.bind import bind
+from pliant.core.site import Score, Site
+from pliant.execute import Chain, Halting, Planned, Residual, collaborative, equilibrium
+from pliant.execute.heads import PooledClassifier
+from pliant.rules import Always, ReluTanh, Threshold
+from pliant.rules import Halting as HaltingRule
+from pliant.scores import Entropy, HaltingHead, Margin, MaxProbability, Patience, Policy, Remainder, Shrink
+from pliant.systems.backbones import BasicBlock, conv_norm, resnet
+from pliant.systems.depth.convnet_aig import convnet_aig
+from pliant.systems.depth.msdnet import msdnet
+
+Build = Callable[..., nn.Module]
+
+
+def _gates(rule: Callable[[], Any]) -> Build:
+    def build(num_classes: int = 10, in_chans: int = 3, *, depth: int = 20) -> nn.Module:
+        """A CIFAR ResNet of ``depth`` layers with ConvNet-AIG's gate at every block, decided by this part."""
+        return bind(convnet_aig(num_classes, in_chans, depth=depth), {"*": rule()})
+
+    return build
+
+
+def _exits(score: Callable[[], Score], over: Callable[[Any], nn.Module] = lambda chain: chain) -> Build:
+    def build(
+        num_classes: int = 10, in_chans: int = 3, *, exits: int = 4, step: int = 2, channels: int = 8
+    ) -> nn.Module:
+        """A small MSDNet, its exits decided by this part."""
+        chain = msdnet(num_classes, in_chans, exits=exits, base=step, step=step, channels=channels)
+        return over(bind(chain, {"*": score()}))
+
+    return build
+
+
+def halting_score(
+    num_classes: int = 10, in_chans: int = 3, *, units: int = 5, channels: int = 16, bias: float = -3.0
+) -> nn.Module:
+    """Residual units, each with a halting head, after which an image may leave with the mixture of its states.
+
+    Args:
+        num_classes: classes.
+        in_chans: channels of the images.
+        units: at most so many run.
+        channels: of all units.
+        bias: of the halting logits at the start; -3 lets all units run.
+    """
+    loop = Halting(
+        [BasicBlock(channels, channels) for _ in range(units)],
+        [HaltingHead(channels, bias=bias) for _ in range(units - 1)],
+        [Site(Remainder(), HaltingRule()) for _ in range(units - 1)],
+    )
+    return nn.Sequential(*conv_norm(in_chans, channels), nn.ReLU(), loop, PooledClassifier(channels, num_classes))
+
+
+def policy_network(num_classes: int = 10, in_chans: int = 3, *, depth: int = 20, view: int = 16) -> nn.Module:
+    """A CIFAR ResNet whose blocks a small ResNet-8 plans from the image, shrunk to ``view`` by ``view``.
+
+    Args:
+        num_classes: classes.
+        in_chans: channels of the images.
+        depth: layers, 6n + 2.
+        view: side of what the policy sees.
+    """
+    parts, small = (
+        resnet(num_classes, in_chans, depth=depth),
+        resnet(num_classes, in_chans, depth=8, widths=(8, 16, 32)),
+    )
+    blocks: list[Any] = [block for block in parts.blocks if isinstance(block, BasicBlock)]
+    gated = [Residual(b.branch, Site(nn.Identity(), Always()), shortcut=b.shortcut) for b in blocks]
+    chain = Chain([module for block in gated for module in (block, nn.ReLU())])
+    policy = Policy(nn.Sequential(Shrink(view), small.stem, *small.blocks), 32, len(gated))
+    site = Site(policy, estimators.ScoreFunction(Threshold(0.0)), shape=(len(gated),))
+    return Planned(site, chain, stem=parts.stem, head=parts.head)
+
+
+conf_max_softmax = exit_threshold_search = temperature_scaling = loss_multi_exit = one_for_all_kd = _exits(
+    MaxProbability
+)
+conf_entropy = _exits(Entropy)
+conf_margin = _exits(Margin)
+conf_patience = _exits(lambda: Patience(1))
+gradient_equilibrium = _exits(MaxProbability, equilibrium)
+inline_subnetwork_collaboration = _exits(MaxProbability, collaborative)
+
+gating_function = binary_concrete = gumbel_softmax = _gates(lambda: estimators.BinaryConcrete(Threshold(0.0)))
+loss_target_rate = loss_gate_l1 = loss_resource_aware = subnetwork_distillation = gating_function
+gate_relu_tanh = _gates(ReluTanh)
+ste = _gates(lambda: estimators.StraightThrough(Threshold(0.0)))
+ste_slope_annealing = _gates(lambda: estimators.StraightThrough(Threshold(0.0), surrogate=estimators.HardSigmoid(1.0)))
+improved_semhash = _gates(lambda: estimators.SemHash(Threshold(0.0)))
