@@ -11,6 +11,7 @@ from pliant.reproduce import Claim, Lab
 from pliant.scores import MaxProbability
 from pliant.scores.guard import Guarded, LogitDistance
 from pliant.study import batches
+from pliant.tune import geometric
 
 ROWS, EPOCHS, SEEDS = 3_000, 4, (0, 1)
 DATA = told(ROWS, "; four exits")
@@ -31,7 +32,7 @@ def run(lab: Lab) -> list[Claim]:
     for seed in SEEDS:
         model = seeded(seed, lambda: chain((8, 16, 24, 32), halve=(0, 2)))
         trained(lab, f"seed {seed}", model, data, [phase(EPOCHS)], seed=seed)
-        tune(model, batches(data.val), budget=0.7)
+        tune(model, batches(data.val), budget=0.6, solver=geometric)  # by search, nobody leaves at exit 1 here
         val, _ = held(model, data)
         parts = {}
         for k, (path, site) in enumerate(sites(model).items()):
@@ -49,7 +50,7 @@ def run(lab: Lab) -> list[Claim]:
         noisy_held.append(leave(guarded, noise).double().mean().item())
     return [
         Claim("images times 50 leave at exit 1 by the largest probability", f"{percent(far)} %", "> 90 %", min(far) > 0.9, far,
-              f"thresholds tuned to 70 % of the FLOPs; {percent(share)} % of the images themselves leave there"),
+              f"thresholds by the geometric solver, 60 % of the FLOPs; {percent(share)} % of the images themselves leave there"),
         Claim("with the guard, images times 50 leave at exit 1", f"{percent(far_held)} %", "<= 10 %", max(far_held) <= 0.1, far_held),
         Claim("with the guard, uniform noise leaves at exit 1", f"{percent(noisy_held)} %", "<= 10 %", max(noisy_held) <= 0.1, noisy_held,
               f"without: {percent(noisy)} %"),

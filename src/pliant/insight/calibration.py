@@ -95,7 +95,8 @@ def calibration(probabilities: Tensor, labels: Tensor) -> Calibration:
             do="apply softmax first",
         )
     if not len(labels):
-        return Calibration(0, *[math.nan] * 7, tuple(Bin(0, math.nan, math.nan) for _ in range(BINS)))
+        nan = math.nan
+        return Calibration(0, nan, nan, nan, nan, nan, nan, nan, tuple(Bin(0, nan, nan) for _ in range(BINS)))
     confidence, predicted = p.max(1)
     right = (predicted == labels).double()
     own = p.gather(1, labels[:, None]).squeeze(1)

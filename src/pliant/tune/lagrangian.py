@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from pliant.tune.held_out import HeldOut
-from pliant.tune.solvers import check_budget, geometric
+from pliant.tune.solvers import check_budget, geometric, improved
 
 
 def lagrangian(held: HeldOut, flops: float, *, rounds: int = 20) -> Tensor:
-    r"""Relax the budget to a price, bisect the price, then spend what is left over threshold by threshold.
+    r"""Relax the budget to a price, bisect the price, then spend what is left over, one threshold or two at a time.
 
     .. math:: \max_\theta \; \mathrm{acc}(\theta) - \mu\, \overline{c}(\theta), \qquad \mu \text{ such that } \overline{c} \le B
 
     With the other thresholds held, the best value of one is found exactly, over all held-out scores, by one sort. Never worse
-    on the held-out rows than :func:`geometric`, from which the last passes start too.
+    on the held-out rows than :func:`search`, whose last passes it shares; like it, it spends its budget.
 
     Shape:
         Returns :math:`(E - 1,)` thresholds.
@@ -55,23 +55,27 @@ def lagrangian(held: HeldOut, flops: float, *, rounds: int = 20) -> Tensor:
         else:
             low = price
     # The relaxed optimum lies on the convex hull of all points and may leave some of the budget.
-    ends = [_climbed(held, begin, gain, flops, rounds) for begin in (start, found[-1])]
-    return max(ends, key=lambda t: (held.evaluate(t)[0], -held.evaluate(t)[1]))
+    least = min(flops - 0.02 * float(cost.max()), held.evaluate(start)[1])
+    ends = [start, *(_climbed(held, begin, gain, (least, flops), rounds) for begin in (start, found[-1]))]
+    spent = [improved(held, t, flops) for t in ends if least <= held.evaluate(t)[1] <= flops]
+    return max(spent, key=lambda t: (held.evaluate(t)[0], -held.evaluate(t)[1]))
 
 
-def _climbed(held: HeldOut, thresholds: Tensor, value: Tensor, flops: float | None, rounds: int) -> Tensor:
+def _climbed(
+    held: HeldOut, thresholds: Tensor, value: Tensor, within: tuple[float, float] | None, rounds: int
+) -> Tensor:
     """Passes over the thresholds, each set to the best of its line, until nothing changes."""
     current = thresholds.clone()
     for _ in range(rounds):
         before = current.clone()
         for k in range(len(held.sites)):
-            current[k] = _best(held, current, k, value, flops)
+            current[k] = _best(held, current, k, value, within)
         if torch.equal(before, current):
             break
     return current
 
 
-def _best(held: HeldOut, thresholds: Tensor, k: int, value: Tensor, flops: float | None) -> float:
+def _best(held: HeldOut, thresholds: Tensor, k: int, value: Tensor, within: tuple[float, float] | None) -> float:
     """The threshold of exit ``k`` that makes the total value largest, the others held; within the budget if there is one."""
     cost = held.flops.double()
     open_k = thresholds.clone()
@@ -91,8 +95,8 @@ def _best(held: HeldOut, thresholds: Tensor, k: int, value: Tensor, flops: float
     costs = cost[later].sum() + torch.cat([saved.new_zeros(1), saved.cumsum(0)])
     # Only between different scores: rows of equal score leave together.
     possible = torch.cat([scores.new_ones(1) > 0, scores[1:] > scores[:-1], scores.new_ones(1) > 0])
-    if flops is not None:
-        possible &= costs <= flops * len(later) * (1 + 1e-12)
+    if within is not None:
+        possible &= (costs >= within[0] * len(later)) & (costs <= within[1] * len(later) * (1 + 1e-12))
     if not possible.any():
         return float(thresholds[k])
     gains = gains.masked_fill(~possible, float("-inf"))
