@@ -60,11 +60,14 @@ def settle(model: nn.Module, x: Tensor) -> None:
     model.eval()
     for path, site in pliant.sites(model).items():  # in order: what earlier sites decide changes what later ones see
         rule = getattr(site.rule, "rule", site.rule)
-        if not isinstance(rule, rules.Threshold):
+        if not isinstance(rule, (rules.Threshold, rules.ReluTanh)):
             continue
         scores = pliant.record(pliant.masked(model))(x)[1][path][0].scores
         assert scores is not None
         ordered = scores.flatten().sort().values
         low, high = ordered[len(ordered) // 2 - 1], ordered[len(ordered) // 2]
         if low < high:  # midway, so that no score is its own threshold
-            rule.threshold.copy_((low + high) / 2)
+            if isinstance(rule, rules.ReluTanh):  # no threshold: the scorer's bias is what shifts it
+                [m for m in site.scorer.modules() if isinstance(m, nn.Linear)][-1].bias[-1] -= (low + high) / 2
+            else:
+                rule.threshold.copy_((low + high) / 2)
