@@ -16,7 +16,7 @@ from pliant.losses import CrossEntropy, Ponder, Total, ponder, steps
 from pliant.reproduce import Claim, Lab
 from pliant.train import Fit, fit
 
-BITS, UNITS, WIDTH, EPOCHS, TAU, SEEDS = 10, 11, 32, 26, 1e-3, (0, 1)
+BITS, UNITS, WIDTH, EPOCHS, TAU, SEEDS = 10, 11, 16, 10, 5e-2, (0, 1)
 DATA = f"made: parity of k bits, k uniform in 1..{BITS}; unit n of the loop reads bit n, and blanks after the last one"
 
 
@@ -96,14 +96,19 @@ def mechanism() -> tuple[float, int, float]:
     return (y - 1).abs().max().item(), int(n.max()), (grads / (h * (1 - h)) - wanted).abs().max().item()
 
 
+def late(y: Tensor, trace: Any, target: Tensor, progress: float) -> Tensor:
+    """The ponder cost, rising from a quarter to a half of the training: at full price from the start, rows stop unlearnt."""
+    return min(1.0, max(0.0, 4 * progress - 1)) * Ponder()(y, trace, target, progress)
+
+
 def trained(lab: Lab, tau: float, seed: int) -> Any:
     model = seeded(seed, Parity)
-    loss = Total({"task": (1.0, CrossEntropy()), "ponder": (tau, Ponder())})
+    loss = Total({"task": (1.0, CrossEntropy()), "ponder": (tau, late)})
     adam = phase(
-        EPOCHS, optimizer="adam", lr=3e-3, momentum=0.0, nesterov=False, weight_decay=0.0, schedule="constant", clip=1.0
+        EPOCHS, optimizer="adam", lr=5e-3, momentum=0.0, nesterov=False, weight_decay=0.0, schedule="constant", clip=1.0
     )
     told = f"tau {tau:g}, seed {seed}"
-    options = Fit(batch_size=128, seed=seed, on_epoch=lambda e: lab.progress(told, e["epoch"], EPOCHS))
+    options = Fit(batch_size=64, seed=seed, on_epoch=lambda e: lab.progress(told, e["epoch"], EPOCHS))
     fit(model, made(12_800, seed + 1)[0], loss, [adam], options=options)
     return model.eval()
 
@@ -140,11 +145,12 @@ def run(lab: Lab) -> list[Claim]:
         Claim("N is at most M, and the first unit whose sum reaches 1 - eps", f"{most} of {UNITS}", f"<= {UNITS}", most <= UNITS, [most]),
         Claim("the gradient of the ponder cost is -1 for n < N and 0 from N on", f"{slope:.1e} off", "<= 1e-6", slope <= 1e-6, [slope]),
         Claim("steps grow with the number of bits (Spearman)", ", ".join(f"{g:.3f}" for g in grows), "> 0.8", min(grows) > 0.8, grows,
-              f"tau {TAU:g}; accuracy {said} %; mean steps for k = 1..{BITS}, by seed: {'; '.join(by_k)}. A cell that sees all bits at every step"
-              " learns parity too, but its steps don't grow with k (tried once)"),
+              f"tau {TAU:g}, rising from a quarter to a half of the training; accuracy {said} %; mean steps for k = 1..{BITS}, by seed:"
+              f" {'; '.join(by_k)}. Tried: tau 0.001 all through, -0.038 and 0.505 (accuracy 98.3, 100.0 %); a cell that sees all bits"
+              " at every step, which learns parity too, but with steps that don't grow with k"),
         Claim("with tau x 10 the mean steps fall", ", ".join(f"{100 * f:.1f}" for f in fell) + " %", ">= 30 %", min(fell) >= 0.3, fell,
-              "accuracy falls with them: " + ", ".join(f"{100 * a:.1f}" for a in accuracy_after) + " %; so strong a price stops rows before they have learnt"
-              " to read on. Tried: a price that sets in once the task is learnt keeps the accuracy, and then steps fall by less"),
+              "accuracy then: " + ", ".join(f"{100 * a:.1f}" for a in accuracy_after) + " %. Tried: tau 0.001 and 0.01 all through,"
+              " 72.8 and 61.1 % (accuracy 64.7, 68.0 %)"),
         Claim("measured FLOPs are those of the sum of N, not of M units", "exactly" if all(exact) else "no", "exactly", all(exact), share,
               ", ".join(f"{100 * s:.1f}" for s in share) + f" % of the dense FLOPs; masked and gathered answers {max(apart):.1e} apart"),
     ]  # fmt: skip
