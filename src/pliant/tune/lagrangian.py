@@ -15,7 +15,7 @@ def lagrangian(held: HeldOut, flops: float, *, rounds: int = 20) -> Tensor:
     .. math:: \max_\theta \; \mathrm{acc}(\theta) - \mu\, \overline{c}(\theta), \qquad \mu \text{ such that } \overline{c} \le B
 
     With the other thresholds held, the best value of one is found exactly, over all held-out scores, by one sort. Never worse
-    on the held-out rows than :func:`search`, whose last passes it shares; like it, it spends its budget.
+    on the held-out rows than :func:`geometric`; it ends with two passes of :func:`search`, and like it spends its budget.
 
     Shape:
         Returns :math:`(E - 1,)` thresholds.
@@ -57,8 +57,9 @@ def lagrangian(held: HeldOut, flops: float, *, rounds: int = 20) -> Tensor:
     # The relaxed optimum lies on the convex hull of all points and may leave some of the budget.
     least = min(flops - 0.02 * float(cost.max()), held.evaluate(start)[1])
     ends = [start, *(_climbed(held, begin, gain, (least, flops), rounds) for begin in (start, found[-1]))]
-    spent = [improved(held, t, flops) for t in ends if least <= held.evaluate(t)[1] <= flops]
-    return max(spent, key=lambda t: (held.evaluate(t)[0], -held.evaluate(t)[1]))
+    spent = [t for t in ends if least <= held.evaluate(t)[1] <= flops]
+    best = max(spent, key=lambda t: (held.evaluate(t)[0], -held.evaluate(t)[1]))
+    return improved(held, best, flops, rounds=2)
 
 
 def _climbed(
