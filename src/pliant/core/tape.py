@@ -16,8 +16,8 @@ from pliant.core.errors import PliantError
 class Meter(Protocol):
     """Whoever wants to know which part is running (the cost counter)."""
 
-    def enter(self, owner: nn.Module, visit: int, choice: str) -> None:
-        """A part begins."""
+    def enter(self, owner: nn.Module, visit: int, choice: str, of: int) -> None:
+        """A part begins, which is ``of`` units of work for each row."""
         ...
 
     def leave(self) -> None:
@@ -25,8 +25,8 @@ class Meter(Protocol):
         ...
 
 
-Ran = tuple[nn.Module, int, str, Tensor | None, Tensor | None]
-"""That a part ran: its owner, visit and choice, on which rows of the original batch, and units of it for each."""
+Ran = tuple[nn.Module, int, str, Tensor | None, Tensor | None, Tensor | None]
+"""That a part ran: its owner, visit and choice, on which rows of the original batch, units of it for each, and wanted ones."""
 
 
 class Tape:
@@ -98,11 +98,15 @@ class opened:
 
 def part(
     owner: nn.Module, visit: int, choice: str, *,
-    index: Tensor | None = None, reached: Tensor | None = None, units: Tensor | None = None,
+    index: Tensor | None = None, reached: Tensor | None = None,
+    units: Tensor | None = None, wanted: Tensor | None = None, of: int = 1,
 ) -> AbstractContextManager[None]:  # fmt: skip
     """Inside, the part ``choice`` of ``owner`` runs, on the rows ``index`` of those in flight (None: on all).
 
-    ``reached`` narrows who would really come here (masked form); ``units`` is how much of the part each row runs.
+    An alternative made of several parts has one choice for each: "1/conv1", "1/conv2". ``reached`` narrows who would
+    really come here (masked form). A part that can run by halves (on some channels, pixels, tokens) is ``of`` units of equal
+    cost for each row; ``units`` is how many of them each row runs here, int64 (None: all), and ``wanted`` how many the
+    decision asks for, by its soft value where there is one: what an expected cost differentiates.
     """
     # Without a tape nobody reads what is written, so most calls pay nothing; and a masked executor can be traced inside
     # torch.cond, which allows no side effect. An index counts always: it renumbers the rows in flight.
@@ -111,9 +115,9 @@ def part(
         if open_tape is None:
             return _NOTHING
         if reached is None and open_tape.meter is None:
-            open_tape.ran.append((owner, visit, choice, _state.rows, units))
+            open_tape.ran.append((owner, visit, choice, _state.rows, units, wanted))
             return _NOTHING
-    return _Part(owner, visit, choice, index, reached, units)
+    return _Part((owner, visit, choice), index, reached, (units, wanted), of)
 
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
@@ -124,15 +128,13 @@ class _Part:
 
     def __init__(
         self,
-        owner: nn.Module,
-        visit: int,
-        choice: str,
+        key: tuple[nn.Module, int, str],
         index: Tensor | None,
         reached: Tensor | None,
-        units: Tensor | None,
+        units: tuple[Tensor | None, Tensor | None],
+        of: int,
     ) -> None:
-        self.owner, self.visit, self.choice = owner, visit, choice
-        self.index, self.reached, self.units = index, reached, units
+        self.key, self.index, self.reached, self.units, self.of = key, index, reached, units, of
 
     def __enter__(self) -> None:
         open_tape = _state.tape
@@ -146,9 +148,9 @@ class _Part:
             _state.reached = self.reached if _state.reached is None else self.reached & _state.reached
         self.meter = None if open_tape is None else open_tape.meter
         if open_tape is not None:
-            open_tape.ran.append((self.owner, self.visit, self.choice, _state.rows, self.units))
+            open_tape.ran.append((*self.key, _state.rows, *self.units))
         if self.meter is not None:
-            self.meter.enter(self.owner, self.visit, self.choice)
+            self.meter.enter(*self.key, self.of)
 
     def __exit__(self, *_: object) -> None:
         _state.rows, _state.reached = self.before

@@ -28,13 +28,17 @@ class Exit:
 
 @dataclass(frozen=True)
 class Note:
-    """That a part ran: a choice of a site's visit, its rows, and the units of it that each row ran (None: one)."""
+    """That a part ran: a choice of a site's visit, its rows, and the units of it that each row ran (None: all of them).
+
+    ``wanted`` is how many units the decision asks for, by its soft value: differentiable, and less than what the masked form runs.
+    """
 
     site: str
     visit: int
     choice: str
     rows: Tensor | None = None
     units: Tensor | None = None
+    wanted: Tensor | None = None
 
 
 class Accounts:
@@ -153,7 +157,7 @@ def _there(tensors: list[Any]) -> dict[str, Any]:
 
 def _flatten(t: Trace) -> tuple[list[Any], list[Any]]:
     exits = [_there([e.logits, e.rows, e.reached]) for e in t.exits]
-    leaves = [dict(t.visits), exits, [_there([n.rows, n.units]) for n in t.notes]]
+    leaves = [dict(t.visits), exits, [_there([n.rows, n.units, n.wanted]) for n in t.notes]]
     return leaves, [t.batch if isinstance(t.batch, int) else -1, [[n.site, n.visit, n.choice] for n in t.notes]]  # pyright: ignore[reportUnnecessaryIsInstance]
 
 
@@ -163,7 +167,7 @@ def _unflatten(leaves: Any, context: Any) -> Trace:
     return Trace(
         visits,
         tuple(Exit(e["0"], e.get("1"), e.get("2")) for e in exits),
-        tuple(Note(n[0], n[1], n[2], r.get("0"), r.get("1")) for n, r in zip(names, notes, strict=True)),
+        tuple(Note(n[0], n[1], n[2], r.get("0"), r.get("1"), r.get("2")) for n, r in zip(names, notes, strict=True)),
         batch,
     )
 

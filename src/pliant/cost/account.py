@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pliant.core.decision import Decision
 from pliant.core.errors import PliantError
 from pliant.core.trace import Accounts, Trace, install
-from pliant.cost.count import Part, Prices, describe, prices
+from pliant.cost.count import Key, Part, Prices, describe, prices
 
 
 class Bill(Accounts):
@@ -30,8 +30,8 @@ class Bill(Accounts):
         """Executed: each note's units times the price of its part."""
         total = torch.full((trace.batch,), self.prices.root.own, dtype=torch.int64)
         for note in trace.notes:
-            price = self.prices.part((note.site, note.visit, note.choice)).own
-            units = 1 if note.units is None else note.units.cpu()
+            part = self.prices.part((note.site, note.visit, note.choice))
+            price, units = (part.own, 1) if note.units is None else (part.own // part.of, note.units.cpu())
             if note.rows is None:
                 total += price * units
             else:
@@ -61,11 +61,11 @@ class Bill(Accounts):
         return frozenset(paths) - shut
 
 
-def _alternatives(table: Prices, part: Part) -> list[tuple[tuple[str, int], dict[str, Part]]]:
-    """The sites decided inside ``part``, each with the parts of its choices."""
-    found: dict[tuple[str, int], dict[str, Part]] = {}
+def _alternatives(table: Prices, part: Part) -> list[tuple[tuple[str, int], dict[str, list[Key]]]]:
+    """The sites decided inside ``part``, each with the parts of its alternatives: "1/a" and "1/b" are both of "1"."""
+    found: dict[tuple[str, int], dict[str, list[Key]]] = {}
     for key in part.inner:
-        found.setdefault(key[:2], {})[key[2]] = table.part(key)
+        found.setdefault(key[:2], {}).setdefault(key[2].partition("/")[0], []).append(key)
     return list(found.items())
 
 
@@ -77,7 +77,7 @@ def _most(table: Prices, part: Part, shut: frozenset[str]) -> int:
     """The most that a row can pay for ``part`` when the sites ``shut`` save unasked."""
     total = part.own
     for (path, _), choices in _alternatives(table, part):
-        costs = {choice: _most(table, inner, shut) for choice, inner in choices.items()}
+        costs = {choice: sum(_most(table, table.part(key), shut) for key in keys) for choice, keys in choices.items()}
         if path in shut:
             total += costs.get("0", 0)
         else:
@@ -142,7 +142,8 @@ def expected_shares(trace: Trace) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {}
     for part in (table.root, *table.parts.values()):
         for (site, _), choices in _alternatives(table, part):
-            most = max((_dense(table, inner) for choice, inner in choices.items() if choice != "score"), default=0)
+            dense = {choice: sum(_dense(table, table.part(key)) for key in keys) for choice, keys in choices.items()}
+            most = max((cost for choice, cost in dense.items() if choice != "score"), default=0)
             for d in trace.visits.get(site, ()) if most and site not in found else ():
                 whole = torch.as_tensor(_chosen(trace, table, d, choices)).expand(trace.batch) / most
                 found.setdefault(site, []).append(whole if d.rows is None else whole[d.rows])
@@ -158,24 +159,46 @@ def _prices_of(trace: Trace) -> Prices:
 
 def _expected(trace: Trace, table: Prices, part: Part) -> Tensor | float:
     """What a part costs on average, those inside it included."""
-    total: Tensor | float = float(part.own)
+    return float(part.own) + _inside(trace, table, part)
+
+
+def _inside(trace: Trace, table: Prices, part: Part) -> Tensor | float:
+    """What the sites decided inside a part cost on average."""
+    total: Tensor | float = 0.0
     for (site, visit), choices in _alternatives(table, part):
-        if "score" in choices:
-            total = total + _expected(trace, table, choices["score"])
+        for key in choices.get("score", ()):
+            total = total + _expected(trace, table, table.part(key))
         found = [d for d in trace.visits.get(site, ()) if d.visit == visit]
         if found:
             total = total + _chosen(trace, table, found[0], choices)
     return total
 
 
-def _chosen(trace: Trace, table: Prices, decision: Decision, choices: dict[str, Part]) -> Tensor | float:
+def _chosen(trace: Trace, table: Prices, decision: Decision, choices: dict[str, list[Key]]) -> Tensor | float:
     """What the alternatives of one decision cost on average."""
     v = _whole(decision, trace.batch).double()
     total: Tensor | float = 0.0
-    if "1" in choices:
-        total = total + v * _expected(trace, table, choices["1"])
-    if "0" in choices:
-        total = total + (1 - v) * _expected(trace, table, choices["0"])
+    for key in (*choices.get("1", ()), *choices.get("0", ())):
+        part = table.part(key)
+        if decision.value.ndim > 1:  # the value is a choice among units, which the executor has added up
+            total = total + part.own / part.of * _wanted(trace, key, part.of) + _inside(trace, table, part)
+        else:
+            total = total + (v if key[2].startswith("1") else 1 - v) * _expected(trace, table, part)
+    return total
+
+
+def _wanted(trace: Trace, key: Key, of: int) -> Tensor | float:
+    """The units of a part, ``of`` in all, that each row of the batch asks for; 0 where nothing ran for it."""
+    total: Tensor | float = 0.0
+    for note in trace.notes:
+        if (note.site, note.visit, note.choice) != key:
+            continue
+        units = note.units if note.wanted is None else note.wanted
+        if note.rows is None:
+            total = total + (of if units is None else units.double())
+        else:
+            here = torch.full_like(note.rows, of, dtype=torch.float64) if units is None else units.double()
+            total = total + here.new_zeros(trace.batch).index_add(0, note.rows, here)
     return total
 
 

@@ -25,9 +25,10 @@ Key = tuple[str, int, str]
 
 @dataclass
 class Part:
-    """What one part costs a row without the parts inside it, and the keys of those."""
+    """What one part costs a row without the parts inside it, of how many units of work, and the keys of those inside."""
 
     own: int = 0
+    of: int = 1
     inner: list[Key] = field(default_factory=list)
 
     def __hash__(self) -> int:
@@ -71,11 +72,11 @@ class _Meter:
         self.stack[-1].own += total - self.seen
         self.seen = total
 
-    def enter(self, owner: nn.Module, visit: int, choice: str) -> None:
+    def enter(self, owner: nn.Module, visit: int, choice: str, of: int) -> None:
         self.settle()
         key = (id(owner), visit, choice)
         self.inner.setdefault(self.stack[-1], []).append(key)
-        self.stack.append(self.parts.setdefault(key, Part()))
+        self.stack.append(self.parts.setdefault(key, Part(of=of)))
 
     def leave(self) -> None:
         self.settle()
@@ -157,6 +158,12 @@ def count(model: nn.Module, call: Call) -> Prices:
                 do="move what doesn't depend on the rows out of the model's forward",
             )
         part.own //= batch
+        if part.own % part.of:
+            raise PliantError(
+                got=f"a part of {part.own} FLOPs a row for {part.of} units",
+                expected="units of equal cost",
+                do="note what doesn't grow with the units as a part of its own",
+            )
     return Prices(meter.root, {keys[key]: part for key, part in meter.parts.items()})
 
 
