@@ -26,7 +26,7 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         ({"depth": 8}, (6, 3, 16, 16)),
     ),
     **dict.fromkeys(
-        ("conf_max_softmax", "conf_entropy", "conf_margin", "conf_patience", "gradient_equilibrium",
+        ("conf_max_softmax", "conf_entropy", "conf_margin", "conf_patience", "relu_far_overconfidence", "gradient_equilibrium",
          "inline_subnetwork_collaboration"),
         ({"exits": 3, "step": 1, "channels": 4}, (6, 3, 16, 16)),
     ),

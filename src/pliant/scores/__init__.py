@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pliant.scores.confidence import Entropy, Margin, MaxProbability, Patience, Pooled
 from pliant.scores.gates import LinearGate, MLPGate
+from pliant.scores.guard import Guarded, LogitDistance
 from pliant.scores.halting import HaltingHead, Remainder
 from pliant.scores.policy import Policy, Shrink
 from pliant.scores.recurrent import GateMemory, RecurrentGate
 from pliant.scores.spatial import ConvGate, MaskHead, SqueezeMaskHead
 
 __all__ = [
-    "ConvGate", "Entropy", "GateMemory", "HaltingHead", "LinearGate", "MLPGate", "Margin", "MaskHead", "MaxProbability",
-    "Patience", "Policy", "Pooled", "RecurrentGate", "Remainder", "Shrink", "SqueezeMaskHead",
+    "ConvGate", "Entropy", "GateMemory", "Guarded", "HaltingHead", "LinearGate", "LogitDistance", "MLPGate", "Margin",
+    "MaskHead", "MaxProbability", "Patience", "Policy", "Pooled", "RecurrentGate", "Remainder", "Shrink", "SqueezeMaskHead",
 ]  # fmt: skip

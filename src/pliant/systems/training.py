@@ -8,13 +8,24 @@ from typing import Any
 from torch import nn
 
 from pliant import estimators
-from pliant.core.bind import bind
+from pliant.core.bind import bind, sites
 from pliant.core.site import Score, Site
 from pliant.execute import Chain, Halting, Planned, Residual, collaborative, equilibrium
 from pliant.execute.heads import PooledClassifier
 from pliant.rules import Always, ReluTanh, Threshold
 from pliant.rules import Halting as HaltingRule
-from pliant.scores import Entropy, HaltingHead, Margin, MaxProbability, Patience, Policy, Remainder, Shrink
+from pliant.scores import (
+    Entropy,
+    Guarded,
+    HaltingHead,
+    LogitDistance,
+    Margin,
+    MaxProbability,
+    Patience,
+    Policy,
+    Remainder,
+    Shrink,
+)
 from pliant.systems.backbones import BasicBlock, conv_norm, resnet
 from pliant.systems.depth.convnet_aig import convnet_aig
 from pliant.systems.depth.msdnet import msdnet
@@ -82,6 +93,16 @@ def policy_network(num_classes: int = 10, in_chans: int = 3, *, depth: int = 20,
     return Planned(site, chain, stem=parts.stem, head=parts.head)
 
 
+def relu_far_overconfidence(
+    num_classes: int = 10, in_chans: int = 3, *, exits: int = 4, step: int = 2, channels: int = 8
+) -> nn.Module:
+    """A small MSDNet whose exits let nobody leave who is far from the data, once each guard is fitted."""
+    chain = conf_max_softmax(num_classes, in_chans, exits=exits, step=step, channels=channels)
+    guarded = {path: Guarded(MaxProbability(), LogitDistance(num_classes)) for path in sites(chain)}
+    return bind(chain, guarded)
+
+
+alternating_backbone_agent = policy_network
 conf_max_softmax = exit_threshold_search = temperature_scaling = loss_multi_exit = one_for_all_kd = _exits(
     MaxProbability
 )
