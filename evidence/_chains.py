@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant import Site, masked, record, rules, scores
+from pliant import Site, gathered, masked, record, rules, scores, sites
 from pliant.data import Dataset, load
 from pliant.execute import Exits
 from pliant.execute.heads import PooledClassifier
@@ -35,6 +35,11 @@ def four(**changes: Any) -> Exits:
     return chain((24, 32, 48, 64), halve=(0, 1, 2), in_chans=3, **changes)
 
 
+def fashion_four(**changes: Any) -> Exits:
+    """Four stages of 24, 48, 64 and 96 channels for Fashion-MNIST; the exits cost 1, 34, 56 and 100 % of the chain."""
+    return chain((24, 48, 64, 96), halve=(0, 2), **changes)
+
+
 def cifar(lab: Lab, rows: int) -> Dataset:
     """CIFAR-10 with the first ``rows`` training images, 2,000 held-out and 4,000 test images."""
     data = load("cifar10", lab.root, limit=rows)
@@ -57,3 +62,33 @@ def answers(model: Exits, data: Dataset) -> Tensor:
 def accuracies(model: Exits, data: Dataset) -> list[float]:
     """Of every exit, on the test part."""
     return (answers(model, data) == data.test.y).double().mean(1).tolist()
+
+
+@torch.no_grad()
+def in_batches(model: Exits, x: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Class and exit of every row, run in batches of ``size``, and how near its scores came to a threshold."""
+    recorder, found = record(gathered(model)), []
+    thresholds = [site.rule.threshold for site in sites(model).values()]
+    for part in x.split(size):
+        y, trace = recorder(part)
+        exits, near = torch.zeros(len(part), dtype=torch.int64), torch.full((len(part),), torch.inf)
+        # A site that no row of the batch reached isn't in the trace.
+        for site, threshold in zip(trace, thresholds, strict=False):
+            decision = trace[site][0]
+            rows = torch.arange(len(part)) if decision.rows is None else decision.rows
+            exits[rows] += decision.value.long()
+            near[rows] = near[rows].minimum((decision.scores - threshold).abs())
+        found.append((y.argmax(-1), exits, near))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))  # pyright: ignore[reportReturnType]
+
+
+def differing(model: Exits, x: Tensor, *, sizes: Sequence[int] = (1, 7, 64), clear_of: float = 1e-6) -> list[int]:
+    """Rows whose class or exit isn't the one they have alone, by size of batch; those with a score nearer than ``clear_of`` to its
+    threshold don't count."""
+    alone = in_batches(model, x, 1)
+    counts = []
+    for size in sizes:
+        said = in_batches(model, x, size)
+        clear = torch.minimum(alone[2], said[2]) > clear_of
+        counts.append(int((((alone[0] != said[0]) | (alone[1] != said[1])) & clear).sum()))
+    return counts
