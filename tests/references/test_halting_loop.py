@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pliant
 from pliant import PliantError, Site, losses, rules, scores
+from pliant.core.trace import Trace
 from pliant.execute import Exits, Halting
 
 WIDTH, UNITS = 5, 4
@@ -186,6 +188,19 @@ def test_a_trace_replays_bit_by_bit_and_a_threshold_is_a_dial() -> None:
     costs = [pliant.record(pliant.bind(loop, {"*": rules.Halting(e)}))(x)[1].flops for e in (0.0, 0.01, 0.3, 0.9)]
     for less, more in zip(costs[1:], costs, strict=False):
         assert (less <= more).all()
+
+
+def test_a_site_that_is_repeated_replays_visit_by_visit() -> None:
+    loop = shared()
+    x = 3 * torch.randn(9, WIDTH)
+    for form in (pliant.gathered, pliant.masked):
+        y, trace = pliant.record(form(loop))(x)
+        assert len(trace["sites.0"]) == 3
+        assert torch.equal(pliant.bind(form(loop), {"*": rules.Given(trace)})(x), y)
+        rows = torch.tensor([4, 1])
+        some = {"sites.0": tuple(replace(d, value=d.dense(9)[rows], rows=None, reached=None) for d in trace["sites.0"])}
+        few = pliant.bind(loop, {"*": rules.Given(Trace(some, (), (), 2))})(x[rows])
+        torch.testing.assert_close(few, y[rows])
 
 
 def test_a_tree_of_state_and_input_is_mixed_leaf_by_leaf() -> None:

@@ -85,8 +85,15 @@ class Subject:
         return bind(self.model, {path: turn[i % 3] for i, path in enumerate(self.paths)})
 
     def loops(self) -> str | None:
-        """A site that one call visits several times, if there is one; its decisions can't be replayed by a rule."""
-        return next((s for s, visits in self.trace_of(self.model).visits.items() if len(visits) > 1), None)
+        """A site that one call visits several times by an executor that doesn't number them, so that no rule can replay it."""
+        trace = self.trace_of(self.model)
+        looped = next((s for s, visits in trace.visits.items() if len(visits) > 1), None)
+        if looped is not None:
+            try:
+                self.call(self.everywhere(Given(trace)))
+            except PliantError:
+                return looped
+        return None
 
     def stochastic(self) -> bool:
         """Whether the model's own rules draw in evaluation."""
@@ -117,7 +124,7 @@ class Subject:
     def frozen_rows(self, trace: Trace, rows: Tensor) -> Any:
         """The model with the decisions of ``trace`` for a call with its rows ``rows`` alone."""
         picked = {
-            site: (Decision(v := trace.dense(site)[rows], soft=v if _soft(trace, site) else None),) for site in trace
+            site: tuple(Decision(d.dense(trace.batch)[rows], weight=d.is_weight) for d in trace[site]) for site in trace
         }
         return self.everywhere(Given(Trace(picked, (), (), len(rows))))
 
@@ -136,10 +143,6 @@ class Subject:
                 near = ((d.scores - threshold).abs() <= margin).reshape(d.scores.shape[0], -1).any(1)
                 found[d.rows.cpu() if d.rows is not None else slice(None)] &= ~near.cpu()
         return found
-
-
-def _soft(trace: Trace, site: str) -> bool:
-    return trace[site][-1].soft is trace[site][-1].value
 
 
 def call_of(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

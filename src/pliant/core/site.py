@@ -56,6 +56,10 @@ class Rule(nn.Module, ABC):
     def forward(self, scores: Tensor) -> Outcome:
         """The outcome for ``scores``."""
 
+    def at(self, visit: int) -> Rule:
+        """The rule for a loop's ``visit``-th time at its site: the same one, but where it replays."""
+        return self
+
     def attach(self, path: str) -> None:
         """Called by ``bind`` with the path of the site that this rule now serves."""
 
@@ -97,20 +101,24 @@ class Site(nn.Module):
         self.rule = rule
         self.shape = shape
 
-    def forward(self, x: Any, *, given: Tensor | Outcome | None = None, carry: Any = None) -> Decision:
+    def forward(
+        self, x: Any, *, given: Tensor | Outcome | None = None, carry: Any = None, visit: int | None = None
+    ) -> Decision:
         """Decide for every row of ``x``; what is ``given`` is taken as it is and nothing is scored.
 
-        An outcome also says by which soft value the giver decided, so that an expected cost has its gradient.
+        An outcome also says by which soft value the giver decided, so that an expected cost has its gradient. A loop
+        passes the number of its ``visit``, so that a trace of it can be replayed visit by visit.
         """
         here = tape.here()
-        visit = 0 if here.tape is None else here.tape.visits(self)
+        rule = self.rule if visit is None else self.rule.at(visit)
+        if visit is None:
+            visit = 0 if here.tape is None else here.tape.visits(self)
         first = x if isinstance(x, Tensor) else _first(x)
         rows = first.shape[0]
         scores: Tensor | None = None
         if given is not None:
             outcome = given if isinstance(given, Outcome) else Outcome(given)
         else:
-            rule = self.rule
             if not rule.reads_scores:
                 outcome = rule(first.new_zeros((rows, *self.shape)))
             else:

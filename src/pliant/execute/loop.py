@@ -82,6 +82,7 @@ class Halting(Executor):
         self.units = nn.ModuleList(units)
         self.halts = nn.ModuleList(halts)
         self.sites = nn.ModuleList(sites)
+        self.visits = [[s is site for s in sites[:n]].count(True) for n, site in enumerate(sites)]
 
     def plain(self, x: Any) -> Any:
         """All units, mixed by their own halting probabilities."""
@@ -123,7 +124,8 @@ class Halting(Executor):
         if go_on is None:
             return rest(state)
         carry = Halted(weight, torch.full_like(weight, n == 0))
-        decision = site(before - weight, given=None if given is None else given[:, n], carry=carry)
+        plan = None if given is None else given[:, n]
+        decision = site(before - weight, given=plan, carry=carry, visit=self.visits[n])
         return go_on(site, decision, rest, state, _times(before, s))
 
 

@@ -79,10 +79,11 @@ class Given(Rule):
     """Replay a trace: every site decides as it did there, and saves where a row never reached it.
 
     Args:
-        trace: of the same batch. A site visited several times in one call needs ``given=`` instead.
+        trace: of the same batch.
 
     Raises:
-        PliantError: when bound to a site that the trace visited more than once, or called with another batch.
+        PliantError: when called with another batch, or at a site that the trace visited more than once by an executor that
+            doesn't number its visits.
 
     >>> import pliant
     >>> model = pliant.create_model("msdnet", num_classes=4, exits=3, base=1, step=1, channels=4).eval()
@@ -97,37 +98,44 @@ class Given(Rule):
     def __init__(self, trace: Trace) -> None:
         super().__init__()
         self.trace = trace
-        self.values: Tensor | None = None
+        self.values: list[Tensor] = []
         self.weights = False
         self.path = ""
 
     def __deepcopy__(self, memo: dict[int, object]) -> Given:
+        return self._with(self.values)
+
+    def _with(self, values: list[Tensor]) -> Given:
         twin = Given(self.trace)
-        twin.values, twin.weights, twin.path = self.values, self.weights, self.path
+        twin.values, twin.weights, twin.path = values, self.weights, self.path
         return twin
+
+    def at(self, visit: int) -> Given:
+        """What the trace holds of that visit; beyond the last one every row saves."""
+        return self._with(self.values[visit : visit + 1])
 
     def attach(self, path: str) -> None:
         """Take this site's values out of the trace; a site that nobody reached saves."""
         self.path = path
         if path not in self.trace:
             return
-        if len(self.trace[path]) > 1:
-            raise PliantError(
-                got=f"a trace with {len(self.trace[path])} visits of one site",
-                expected="one visit per call",
-                do="pass the values step by step with given=",
-                site=path,
-            )
-        decision = self.trace[path][0]
-        self.values = self.trace.dense(path).detach()
-        self.weights = decision.is_weight  # a soft rule's values are weights, and replay as such
+        visits = self.trace[path]
+        self.values = [decision.dense(self.trace.batch).detach() for decision in visits]
+        self.weights = visits[0].is_weight  # a soft rule's values are weights, and replay as such
 
     def forward(self, scores: Tensor) -> Outcome:
         """The values of the rows in flight."""
-        if self.values is None:
+        if not self.values:
             return Outcome(torch.zeros_like(scores))
+        if len(self.values) > 1:
+            raise PliantError(
+                got=f"a trace with {len(self.values)} visits of one site",
+                expected="one visit per call, or an executor that numbers them",
+                do="pass visit= to the site, or the values step by step with given=",
+                site=self.path,
+            )
         rows = tape.rows()
-        values = self.values if rows is None else self.values.index_select(0, rows)
+        values = self.values[0] if rows is None else self.values[0].index_select(0, rows)
         if values.shape[0] != scores.shape[0]:
             raise PliantError(
                 got=f"{scores.shape[0]} rows in flight",
