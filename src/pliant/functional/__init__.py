@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pliant.functional.crop import box_mask, overlap, square, zoom
 from pliant.functional.gradient import scale_gradient
 
-__all__ = ["scale_gradient"]
+__all__ = ["box_mask", "overlap", "scale_gradient", "square", "zoom"]
