@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pliant.estimators.base import Estimator
+from pliant.estimators.gaussian import Gaussian
 from pliant.estimators.gumbel import (
     BinaryConcrete,
     Gumbel,
@@ -26,6 +27,7 @@ __all__ = [
     "EpsilonGreedy",
     "EpsilonGreedyOneHot",
     "Estimator",
+    "Gaussian",
     "Gumbel",
     "GumbelOneHot",
     "GumbelSample",

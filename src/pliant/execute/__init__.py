@@ -9,10 +9,13 @@ from pliant.execute.exits import Answer, Exits, MostConfident
 from pliant.execute.heads import Linked
 from pliant.execute.loop import Halted, Halting
 from pliant.execute.planned import Planned
+from pliant.execute.regions import Affine, Attention, Look, Projective, Region, ThinPlate, Warp, Window
 from pliant.execute.skip import Carried, Residual, Skip
 
 __all__ = [
+    "Affine",
     "Answer",
+    "Attention",
     "Carried",
     "Chain",
     "Exits",
@@ -21,11 +24,17 @@ __all__ = [
     "Halting",
     "InlineHead",
     "Linked",
+    "Look",
     "MostConfident",
     "Planned",
+    "Projective",
+    "Region",
     "Remember",
     "Residual",
     "Skip",
+    "ThinPlate",
+    "Warp",
+    "Window",
     "collaborative",
     "equilibrium",
     "scale_all",

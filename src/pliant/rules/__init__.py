@@ -6,6 +6,7 @@ from pliant.core.site import Rule
 from pliant.rules.budget import AtMost
 from pliant.rules.fixed import Always, Given, Never, Random
 from pliant.rules.halting import Halting
+from pliant.rules.place import Regressed, Uniform
 from pliant.rules.soft import ReluTanh, Sigmoid
 from pliant.rules.threshold import Threshold
 from pliant.rules.topk import TopK
@@ -17,9 +18,11 @@ __all__ = [
     "Halting",
     "Never",
     "Random",
+    "Regressed",
     "ReluTanh",
     "Rule",
     "Sigmoid",
     "Threshold",
     "TopK",
+    "Uniform",
 ]
