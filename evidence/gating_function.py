@@ -8,18 +8,29 @@ from _gated import small, values
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pliant import bind, create_model, gathered, masked, record, rules
+from pliant import bind, create_model, estimators, gathered, masked, record, rules
 from pliant.core.site import Outcome
 from pliant.losses import CrossEntropy, TargetRate, Total
 from pliant.reproduce import Claim, Lab
 from pliant.study import accuracy
 from pliant.systems.backbones import resnet
 
-ROWS, EPOCHS, TARGET, SEEDS = 6_000, 8, 0.6, (0, 1)
+ROWS, EPOCHS, TARGET, SEEDS = 6_000, (3, 9), 0.6, (0, 1)
 DATA = told(ROWS, "; ResNet-14 of 8, 16 and 32 channels; the YAML's claim is for CIFAR-10 and ResNet-20 or 32")
 LOSS = Total({"task": (1.0, CrossEntropy()), "rate": (1.0, TargetRate(TARGET))})
-WIDTHS = tuple((k, 2 * k, 4 * k) for k in range(3, 11))
+TRIED = (
+    "Tried before, with Gumbel noise and 8 epochs without a warm-up: 2.61 points lost at a rate of 78 % (argmax), "
+    "2.72 points below the static network, 0 and 33 % of the gates constant"
+)
+# All gates open first: a gate that closes before its block has learned anything never sees what it would have been worth.
+PHASES = [phase(EPOCHS[0], name="open", rules={"*": rules.Always()}, loss=LAST_ONLY), phase(EPOCHS[1], name="gated")]
+WIDTHS = tuple((k // 4, k // 2, k) for k in range(12, 41))
 PLAIN = (8, 16, 32)
+
+
+def gated() -> nn.Module:
+    """Each block with a gate whose decisions in training are those of evaluation, without noise."""
+    return bind(small(14), {"*": estimators.StraightThrough(rules.Threshold(0.0))})
 
 
 def static(flops: float, x: torch.Tensor) -> tuple[int, ...]:
@@ -58,14 +69,14 @@ def run(lab: Lab) -> list[Claim]:
     data = fashion(lab, ROWS)
     lost, over, differ, gaps, still, rates, shares, sizes = ([] for _ in range(8))
     for seed in SEEDS:
-        net = seeded(seed, lambda: small(14))
-        trained(lab, f"gated, seed {seed}", net, data, [phase(EPOCHS)], loss=LOSS, seed=seed)
+        net = seeded(seed, gated)
+        trained(lab, f"gated, seed {seed}", net, data, PHASES, loss=LOSS, seed=seed)
         got, flops, _ = accuracy(net, data.test)
         widths = static(flops, data.test.x[:1])
         bases = {}
         for name, w in (("plain", PLAIN), ("static", widths)):
             base = seeded(seed, lambda w=w: plain(w))
-            trained(lab, f"{name}, seed {seed}", base, data, [phase(EPOCHS)], loss=LAST_ONLY, seed=seed)
+            trained(lab, f"{name}, seed {seed}", base, data, [phase(sum(EPOCHS))], loss=LAST_ONLY, seed=seed)
             bases[name] = accuracy(base, data.test)
         lost.append(bases["plain"][0] - got)
         over.append(got - bases["static"][0])
@@ -80,7 +91,7 @@ def run(lab: Lab) -> list[Claim]:
     ratio = seconds_at_half(data.test.x[:256])
     return [
         Claim("accuracy is within a point of the plain network's", f"{percent(lost)} points lost", "<= 1 point", max(lost) <= 0.01, lost,
-              f"mean rate {percent(rates)} %, {percent(shares)} % of the plain network's FLOPs, gates included"),
+              f"mean rate {percent(rates)} %, {percent(shares)} % of the plain network's FLOPs, gates included. {TRIED}"),
         Claim("and above that of a static network of equal cost", f"{percent(over)} points", "> 0", min(over) > 0, over,
               f"the static one is narrower and costs {percent(sizes)} % of the plain one"),
         Claim("skipping gives what masking gives", f"{max(differ):.1e} largest difference", "<= 1e-5", max(differ) <= 1e-5, differ),
