@@ -18,6 +18,8 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "sdn": ({"backbone": "resnet8", "at": (0.3, 0.6)}, (6, 3, 32, 32)),
     "big_little_dnn": ({"little": "cnn2", "big": "resnet8"}, (6, 3, 32, 32)),
     "convnet_aig": ({"depth": 14}, (6, 3, 32, 32)),
+    "ranet": ({"step": 1, "channels": 4, "growth": 4, "head_channels": 8}, (6, 3, 32, 32)),
+    "stn": ({"in_chans": 1, "widths": (4, 8), "size": 12}, (6, 1, 20, 20)),
     "halting_score": ({"units": 3, "channels": 8, "bias": -0.5}, (6, 3, 16, 16)),
     "policy_network": ({"depth": 8, "view": 8}, (6, 3, 16, 16)),
     **dict.fromkeys(

@@ -30,7 +30,7 @@ def test_the_check_is_about_decisions_that_vary(id: str) -> None:
     model, x = contract.ready(id)
     _, trace = pliant.record(pliant.masked(model))(x)
     values = torch.cat([d.value.detach().flatten() for visits in trace.visits.values() for d in visits])
-    assert 0 < float(values.mean()) < 1
+    assert float(values.min()) < float(values.max())
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -21,6 +21,8 @@ BUILDERS: dict[str, str] = {
     "sdn": "pliant.systems.depth.sdn:sdn",
     "big_little_dnn": "pliant.systems.depth.big_little_dnn:big_little_dnn",
     "convnet_aig": "pliant.systems.depth.convnet_aig:convnet_aig",
+    "ranet": "pliant.systems.depth.ranet:ranet",
+    "stn": "pliant.systems.spatial.stn:stn",
 }
 PARTS: dict[str, str] = {
     "conf_max_softmax": "pliant.scores.MaxProbability",

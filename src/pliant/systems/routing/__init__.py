@@ -1,0 +1,1 @@
+"""Section 2.1.3: dynamic routing."""
