@@ -14,6 +14,7 @@ from pliant.systems.table import builder
 SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "msdnet": ({"exits": 3, "base": 1, "step": 1, "channels": 4}, (6, 3, 32, 32)),
     "imta": ({"exits": 3, "base": 1, "step": 1, "channels": 4}, (6, 3, 32, 32)),
+    "cascade_nn_layers": ({"widths": (4, 8, 8)}, (6, 3, 16, 16)),
     "branchynet": ({"in_chans": 1}, (6, 1, 28, 28)),
     "sdn": ({"backbone": "resnet8", "at": (0.3, 0.6)}, (6, 3, 32, 32)),
     "big_little_dnn": ({"little": "cnn2", "big": "resnet8"}, (6, 3, 32, 32)),

@@ -17,6 +17,7 @@ from pliant.core.errors import PliantError
 BUILDERS: dict[str, str] = {
     "msdnet": "pliant.systems.depth.msdnet:msdnet",
     "imta": "pliant.systems.depth.imta:imta",
+    "cascade_nn_layers": "pliant.systems.depth.cascade_nn_layers:cascade_nn_layers",
     "branchynet": "pliant.systems.depth.branchynet:branchynet",
     "sdn": "pliant.systems.depth.sdn:sdn",
     "big_little_dnn": "pliant.systems.depth.big_little_dnn:big_little_dnn",
