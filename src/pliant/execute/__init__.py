@@ -11,6 +11,7 @@ from pliant.execute.loop import Halted, Halting
 from pliant.execute.planned import Planned
 from pliant.execute.regions import Affine, Attention, Look, Projective, Region, ThinPlate, Warp, Window
 from pliant.execute.skip import Carried, Residual, Skip
+from pliant.execute.trees import Trees
 
 __all__ = [
     "Affine",
@@ -33,6 +34,7 @@ __all__ = [
     "Residual",
     "Skip",
     "ThinPlate",
+    "Trees",
     "Warp",
     "Window",
     "collaborative",

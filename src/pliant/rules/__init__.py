@@ -7,6 +7,7 @@ from pliant.rules.budget import AtMost
 from pliant.rules.fixed import Always, Given, Never, Random
 from pliant.rules.halting import Halting
 from pliant.rules.place import Regressed, Uniform
+from pliant.rules.smooth_step import SmoothStep
 from pliant.rules.soft import ReluTanh, Sigmoid
 from pliant.rules.threshold import Threshold
 from pliant.rules.topk import TopK
@@ -22,6 +23,7 @@ __all__ = [
     "ReluTanh",
     "Rule",
     "Sigmoid",
+    "SmoothStep",
     "Threshold",
     "TopK",
     "Uniform",
