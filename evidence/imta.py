@@ -13,17 +13,18 @@ from pliant.losses import MultiExit
 from pliant.reproduce import Claim, Lab
 from pliant.systems.depth.imta import stages
 
-ROWS, EPOCHS, SEEDS = 3_000, (5, 2), (0, 1, 2)
+ROWS, EPOCHS, SEEDS = 3_000, (5, 3), (0, 1, 2)
+INITS = range(10)
 DATA = told(ROWS, "; the YAML's claim is for CIFAR-100")
 CONFIG = {"in_chans": 1, "exits": 4, "base": 1, "step": 1, "channels": 6, "growth": 6, "head_channels": 16}
 DEPTHS = (2, 4, 6, 8, 10)
-GAMMA, TEMPERATURE = 0.5, 3.0
+GAMMA, TEMPERATURE = 0.1, 1.0  # as released
 
 
 def norm(id: str, exits: int, x: torch.Tensor, y: torch.Tensor) -> float:
-    """Norm of the gradient at the first block of an untrained network, mean of seeds."""
+    """Norm of the gradient at the first block of an untrained network, mean of ten initialisations."""
     found = []
-    for seed in SEEDS:
+    for seed in INITS:
         net = seeded(seed, lambda: create_model(id, **{**CONFIG, "exits": exits, "reduction": 0.0})).train()
         prediction, trace = record(net)(x)
         MultiExit()(prediction, trace, y, 0.0).backward()
@@ -86,7 +87,7 @@ def run(lab: Lab) -> list[Claim]:
         Claim("IMTA beats MSDNet whose trunk trained as many epochs, mean of exits", f"{percent(means['trunk'])} points", ">= +0.5 points (mean of seeds)",
               mean(means["trunk"]) >= 0.005, means["trunk"], f"gamma {GAMMA}, T {TEMPERATURE:g}; by exit, mean of seeds: {shown['trunk']} points"),
         Claim("and MSDNet trained as many epochs as both its stages", f"{percent(means['all'])} points", ">= +0.5 points (mean of seeds)",
-              mean(means["all"]) >= 0.005, means["all"], f"by exit: {shown['all']} points; tried before: 4,000 rows, 4 + 3 epochs, -1.27 points"),
+              mean(means["all"]) >= 0.005, means["all"], f"by exit: {shown['all']} points; tried before: 4,000 rows, 4 + 3 epochs, -1.27 points; 5 + 2 epochs, gamma 0.5, T 3, -1.43 points, and -0.80 against the trunk's epochs"),
         Claim("the second stage leaves the trunk's weights and batch statistics to the byte",
               f"{sum(still):.0f} of {len(still)} networks", "all", all(still), still),
     ]  # fmt: skip
