@@ -57,7 +57,9 @@ def run(lab: Lab) -> list[Claim]:
             trained(lab, f"{name}, seed {seed}", net, data, [phase(EPOCHS)], loss=loss, seed=seed)
             right[name].append(accuracy(net, data.test)[0])
             rates[name].append(values(net, data).mean().item())
-        at_gates, at_teacher = gradients(seeded(seed, gated), data.train.x[:64])
+        at_gates, at_teacher = gradients(
+            net, data.train.x[:64]
+        )  # of the last arm, trained: at first all gates are open
         gates.append(at_gates)
         through.append(at_teacher)
     gain = {n: [a - b for a, b in zip(right[n], right["none"], strict=True)] for n in ("frozen", "live")}
