@@ -47,10 +47,12 @@ class Score(nn.Module, ABC):
 class Rule(nn.Module, ABC):
     """Turns scores into a value. Spends where a score is above the threshold; a NaN score always spends.
 
-    A rule with ``reads_scores = False`` gets zeros of the decision's shape instead, and the scorer isn't run.
+    A rule with ``reads_scores = False`` gets zeros of the decision's shape instead, and the scorer isn't run. One with
+    ``spends = False`` decides a number on which no cost hangs, such as a place; tuning leaves it alone.
     """
 
     reads_scores: bool = True
+    spends: bool = True
 
     @abstractmethod
     def forward(self, scores: Tensor) -> Outcome:

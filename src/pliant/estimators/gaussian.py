@@ -39,6 +39,7 @@ class Gaussian(Rule):
     Differs from the paper: released code takes the density at the clamped place, which is no density of what was drawn.
     """
 
+    spends = False
     std: Tensor
 
     def __init__(self, *, std: float = 0.1) -> None:

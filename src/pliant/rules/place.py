@@ -21,6 +21,8 @@ class Regressed(Rule):
         Survey section 3.2.1; Jaderberg et al., Spatial Transformer Networks, NIPS 2015.
     """
 
+    spends = False
+
     def forward(self, scores: Tensor) -> Outcome:
         """The scores."""
         return Outcome(scores, soft=scores, weight=True)
@@ -43,6 +45,7 @@ class Uniform(Rule):
     """
 
     reads_scores = False
+    spends = False
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__()

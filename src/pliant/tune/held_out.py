@@ -89,11 +89,22 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def spending(model: nn.Module) -> list[str]:
+    """Paths of the sites whose decisions cost something: all but those that decide a place, say."""
+    return [path for path, site in sites(model).items() if site.rule.spends]
+
+
+def _scored(model: nn.Module, paths: list[str]) -> nn.Module:
+    """``model`` with everything on and every score asked at ``paths``."""
+    return bind(model, dict.fromkeys(paths, Threshold(float("-inf"))))
+
+
 def is_chain(model: nn.Module, x: Tensor) -> bool:
-    """Whether the sites of ``model`` are just the exits of one chain."""
+    """Whether the sites of ``model`` that spend are just the exits of one chain."""
+    paths = spending(model)
     with torch.no_grad():
-        _, trace = record(bind(model, {"*": Threshold(float("-inf"))}))(x[:1])
-    return len(trace.exits) == len(trace) + 1 and all(len(trace[s]) == 1 for s in trace)
+        _, trace = record(_scored(model, paths))(x[:1])
+    return len(trace.exits) == len(paths) + 1 and all(len(trace[s]) == 1 for s in paths)
 
 
 @torch.no_grad()
@@ -110,16 +121,17 @@ def collect(model: nn.Module, loader: Loader) -> HeldOut:
     Raises:
         PliantError: where there are no rows, or the scores aren't numbers.
     """
-    every = record(bind(model, {"*": Threshold(float("-inf"))}))
+    paths = spending(model)
+    every = record(_scored(model, paths))
     names: tuple[str, ...] = ()
     logits, scores, labels, first = [], [], [], None
     for x, target in loader:
         x = x.to(device_of(model))
         first = x[:1] if first is None and len(x) else first
         _, trace = every(x)
-        names = tuple(trace)
+        names = tuple(path for path in trace if path in paths)
         logits.append(torch.stack([e.logits.float().cpu() for e in trace.exits]))
-        scores.append(torch.stack([trace[s][0].scores.float().cpu() for s in trace]))  # pyright: ignore[reportOptionalMemberAccess]
+        scores.append(torch.stack([trace[s][0].scores.float().cpu() for s in names]))  # pyright: ignore[reportOptionalMemberAccess]
         labels.append(target.cpu())
     if first is None:
         raise PliantError(got="no held-out rows", expected="at least one batch", do="pass a loader of (x, labels)")
@@ -160,7 +172,7 @@ def run(model: nn.Module, loader: Loader) -> tuple[float, Tensor, int]:
 
 def all_on(model: nn.Module) -> nn.Module:
     """The dense network as its sites see it (scorers that are read still run)."""
-    return bind(model, {p: _open(s.rule.reads_scores) for p, s in sites(model).items()})
+    return bind(model, {p: _open(sites(model)[p].rule.reads_scores) for p in spending(model)})
 
 
 def _open(reads: bool) -> Threshold | Always:
