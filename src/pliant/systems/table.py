@@ -24,6 +24,7 @@ BUILDERS: dict[str, str] = {
     "convnet_aig": "pliant.systems.depth.convnet_aig:convnet_aig",
     "ranet": "pliant.systems.depth.ranet:ranet",
     "stn": "pliant.systems.spatial.stn:stn",
+    "gfnet": "pliant.systems.spatial.gfnet:gfnet",
     "tel": "pliant.systems.routing.tel:tel",
 }
 PARTS: dict[str, str] = {
