@@ -43,6 +43,7 @@ PARTS: dict[str, str] = {
     "gradient_equilibrium": "pliant.execute.equilibrium",
     "inline_subnetwork_collaboration": "pliant.execute.collaborative",
     "one_for_all_kd": "pliant.losses.OneForAll",
+    "loss_inter_scale_ranking": "pliant.losses.Ranking",
     "loss_target_rate": "pliant.losses.TargetRate",
     "loss_gate_l1": "pliant.losses.GateL1",
     "loss_resource_aware": "pliant.losses.ResourceAware",

@@ -103,9 +103,8 @@ def relu_far_overconfidence(
 
 
 alternating_backbone_agent = policy_network
-conf_max_softmax = exit_threshold_search = temperature_scaling = loss_multi_exit = one_for_all_kd = _exits(
-    MaxProbability
-)
+conf_max_softmax = exit_threshold_search = temperature_scaling = _exits(MaxProbability)
+loss_multi_exit = one_for_all_kd = loss_inter_scale_ranking = conf_max_softmax
 conf_entropy = _exits(Entropy)
 conf_margin = _exits(Margin)
 conf_patience = _exits(lambda: Patience(1))
