@@ -59,9 +59,11 @@ def serve(line: Connection, rest: Any) -> None:
 def split(model: Any, x: Tensor) -> tuple[Tensor, int]:
     """The answers of the cascade cut after ``CUT`` layers, and the bytes that went over the line."""
     rest = Exits(list(model.stages[CUT:]), list(model.heads[CUT:]), list(model.sites[CUT:])).eval()
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=(there, rest))
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    server = fork.Process(target=serve, args=(there, rest))
     server.start()
+    there.close()  # so that a server that breaks ends the line
     remote = Remote(here)
     stages = [*model.stages[:CUT], nn.Identity()]
     device = Exits(stages, [*model.heads[:CUT], remote], list(model.sites[:CUT])).eval()

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
 import _flag
 import torch
-import torch.nn.functional as F
 from _common import LAST_ONLY, always, fashion, phase, seeded, told, trained
 from _toy import mean_loss, pairs, quality, through_log_prob, through_value
 from torch import Tensor, nn
 
 import pliant
-from pliant import create_model, estimators, rules
+from pliant import create_model, estimators, losses, rules
 from pliant.core.trace import Trace
 from pliant.data import Dataset
 from pliant.losses import CrossEntropy, Total
 from pliant.reproduce import Claim, Lab, Table
+from pliant.scores import LinearGate
 from pliant.study import accuracy, batches
 
-ROWS, SEEDS, RATE, BUDGET = 6_000, (0, 1, 2), 0.6, 0.6
+ROWS, SEEDS, RATE, BUDGET = 4_000, (0, 1, 2), 0.6, 0.6
+WIDTHS = (16, 16, 16, 16, 32, 32, 32, 64, 64)  # of what each block of a ResNet-20 reads
 COINS = torch.tensor([0.5, -0.3, 0.8])
 DATA = told(ROWS, "; and made tasks, see evidence/_flag.py and _toy.py")
 
@@ -35,13 +36,40 @@ class Way:
 
     Args:
         make: the estimator around a threshold rule at 0.
-        sampled: whether the task's gradient comes by the score function; if not, through the value.
+        terms: of the task's loss beside the cross-entropy, where its gradient comes by the score function.
+        baseline: exact, on the toy: what is taken off the loss; None where the gradient passes the value.
+        critic: whether each scorer gets a value head.
         anneal: buffers that change over the phase.
     """
 
     make: Callable[[rules.Threshold], rules.Rule]
-    sampled: bool = False
+    terms: Callable[[], dict[str, tuple[float, Any]]] = dict
+    baseline: Callable[[Tensor, Any], float] | None = None
+    critic: bool = False
     anneal: dict[str, tuple[float, float]] | None = None
+
+
+def greedy_loss(coins: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
+    """What the likelier side of each coin loses."""
+    return loss((coins > 0).float()).item()
+
+
+def reward(y: Tensor, trace: Trace, target: Tensor) -> Tensor:
+    """Minus each row's loss; what decisions cost is known exactly, and has its gradient through the soft values."""
+    return losses.minus_loss(y, target)
+
+
+def moving() -> dict[str, tuple[float, Any]]:
+    return {"policy": (1.0, losses.Reinforce(reward, baseline=losses.MovingAverage()))}
+
+
+def learned() -> dict[str, tuple[float, Any]]:
+    policy = losses.Reinforce(reward, baseline=losses.learned)
+    return {"policy": (1.0, policy), "value": (0.5, losses.ValueLoss(reward))}
+
+
+def critical() -> dict[str, tuple[float, Any]]:
+    return {"policy": (1.0, losses.SelfCritical(reward))}
 
 
 WAYS = {
@@ -55,24 +83,10 @@ WAYS = {
     "binary concrete, soft in training": Way(estimators.SoftBinaryConcrete),
     "hard concrete": Way(estimators.HardConcrete),
     "improved SemHash": Way(estimators.SemHash),
-    "score function, moving baseline": Way(estimators.ScoreFunction, sampled=True),
+    "score function, moving baseline": Way(estimators.ScoreFunction, moving, mean_loss),
+    "score function, learned baseline": Way(estimators.ScoreFunction, learned, mean_loss, critic=True),
+    "score function, self-critical": Way(estimators.ScoreFunction, critical, greedy_loss),
 }  # fmt: skip
-
-
-class SampledTask:
-    """Cross-entropy, and its score-function gradient for the gates that were drawn; the baseline is a moving mean."""
-
-    def __init__(self, keep: float = 0.9) -> None:
-        self.keep = keep
-        self.baseline: Tensor | None = None
-
-    def __call__(self, y: Tensor, trace: Trace, target: Tensor, progress: float) -> Tensor:
-        each = F.cross_entropy(y, target, reduction="none")
-        reward = each.detach()
-        baseline = reward.mean() if self.baseline is None else self.baseline
-        self.baseline = self.keep * baseline + (1 - self.keep) * reward.mean()
-        log_prob = torch.stack([d.log_prob for site in trace for d in trace[site]]).sum(0)
-        return each.mean() + (log_prob * (reward - baseline)).mean()
 
 
 class Rates:
@@ -103,7 +117,10 @@ class Got:
 def gated(lab: Lab, name: str, way: Way, start: nn.Module, data: Dataset, seed: int) -> Got:
     """Train the gates from ``start`` and bring the network to the budget on held-out data."""
     model: Any = pliant.bind(copy.deepcopy(start).train(), {"*": way.make(rules.Threshold(0.0))})
-    loss = Total({"task": (1.0, SampledTask() if way.sampled else CrossEntropy()), "rate": (2.0, Rates())})
+    for site, width in zip(pliant.sites(model).values(), WIDTHS, strict=True) if way.critic else ():
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1))
+        site.scorer = losses.Critic(site.scorer, head)
+    loss = Total({"task": (1.0, CrossEntropy()), "rate": (2.0, Rates())} | way.terms())
     began = time.process_time()
     phases = [phase(2, lr=0.02, anneal=way.anneal or {})]
     trained(lab, f"{name}, seed {seed}", model, data, phases, loss=loss, seed=seed)
@@ -121,6 +138,26 @@ def gated(lab: Lab, name: str, way: Way, start: nn.Module, data: Dataset, seed: 
     return Got(seconds, mean(rates), mean(float(not 0.02 < r < 0.98) for r in rates), share, got)
 
 
+def flag(way: Way, seed: int) -> _flag.Metrics | None:
+    """The made task with a known answer; its loop makes one pass only, so none for the self-critical way."""
+    terms = Total({"task": (1.0, CrossEntropy())} | way.terms())
+    if terms.further:
+        return None
+    scorer = losses.Critic(LinearGate(_flag.WIDTH), nn.Linear(_flag.WIDTH, 1)) if way.critic else None
+    net = _flag.net(way.make(rules.Threshold(0.0)), seed=seed, scorer=scorer)
+
+    def loss(y: Tensor, trace: Trace, target: Tensor) -> Tensor:
+        return sum(terms(y, trace, target, 0.0).values(), 0.4 * _flag.spent(trace).mean())
+
+    return _flag.train(net, seed=seed, loss=loss)
+
+
+def flags_told(found: Sequence[_flag.Metrics | None]) -> list[str | float]:
+    """How often the gate equals the flag, and how often it collapsed."""
+    known = [f for f in found if f is not None]
+    return [mean(f.agreement for f in known), mean(float(f.collapsed) for f in known)] if known else ["-", "-"]
+
+
 def at_random(start: nn.Module, data: Dataset) -> float:
     """Accuracy of the dense network with blocks skipped blindly at the rate of the budget."""
     coin = pliant.bind(start.eval(), {"*": rules.Random(BUDGET, torch.Generator().manual_seed(0))})
@@ -135,20 +172,13 @@ def run(lab: Lab) -> list[Claim | Table]:
     lines: list[list[str | float]] = []
     best: dict[str, float] = {}
     for name, way in WAYS.items():
-        reads = through_log_prob(mean_loss(COINS, pairs)) if way.sampled else through_value
+        reads = through_value if way.baseline is None else through_log_prob(way.baseline(COINS, pairs))
         toy = quality(way.make(rules.Threshold(0.0)), COINS, reads=reads)
-        flags = [
-            _flag.train(
-                _flag.net(way.make(rules.Threshold(0.0)), seed=s),
-                seed=s,
-                loss=_flag.score_function() if way.sampled else None,
-            )
-            for s in SEEDS
-        ]
+        flags = [flag(way, seed) for seed in SEEDS]
         found = [gated(lab, name, way, starts[seed], data, seed) for seed in SEEDS]
         best[name] = mean(f.accuracy for f in found)
         lines.append([
-            name, toy.bias, toy.variance**0.5, mean(f.agreement for f in flags), sum(f.collapsed for f in flags) / len(flags),
+            name, toy.bias, toy.variance**0.5, *flags_told(flags),
             mean(f.constant for f in found), mean(f.rate for f in found), mean(f.flops for f in found),
             100 * best[name], 100 * min(f.accuracy for f in found), mean(f.seconds for f in found),
         ])  # fmt: skip

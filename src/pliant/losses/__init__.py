@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pliant.core.errors import PliantError
 from pliant.core.trace import Trace
+from pliant.losses.baselines import Critic, LeaveOneOut, MovingAverage, ValueLoss, learned, nothing
 from pliant.losses.conflict import conflict
 from pliant.losses.cost import BlockBounds, FlopsBudget, ResourceAware
 from pliant.losses.distill import (
@@ -22,54 +23,46 @@ from pliant.losses.distill import (
 )
 from pliant.losses.exits import CrossEntropy, MultiExit, by_cost, by_depth, constant, ramped
 from pliant.losses.further import Again, Further, dense, frozen, itself
+from pliant.losses.policy import (
+    EntropyBonus,
+    Hybrid,
+    Reinforce,
+    SelfCritical,
+    bernoulli,
+    categorical,
+    greedy,
+    surrogate,
+)
 from pliant.losses.ponder import Ponder, ponder, steps
 from pliant.losses.ranking import Ranking
 from pliant.losses.rate import GateL1, GlobalTargetRate, TargetRate, above, hard, soft, squared
+from pliant.losses.rewards import (
+    BlockDropReward,
+    Dual,
+    Priced,
+    SkipNetReturns,
+    StepPenalty,
+    minus_loss,
+    returns,
+    right,
+    spent,
+    used,
+)
 from pliant.losses.schedule import Scheduled, falling, rising
+from pliant.losses.value import QLearning
 
 Term = Callable[[Tensor, Trace, Tensor, float], Tensor] | Further
 
 __all__ = [
-    "Again",
-    "BlockBounds",
-    "CrossEntropy",
-    "FlopsBudget",
-    "Further",
-    "GateL1",
-    "GlobalTargetRate",
-    "MultiExit",
-    "OneForAll",
-    "Ponder",
-    "Ranking",
-    "ResourceAware",
-    "Scheduled",
-    "SubnetworkDistillation",
-    "TargetRate",
-    "TaughtExits",
-    "Term",
-    "Total",
-    "above",
-    "by_cost",
-    "by_depth",
-    "conflict",
-    "constant",
-    "dense",
-    "everywhere",
-    "falling",
-    "frozen",
-    "hard",
-    "itself",
-    "last_exit",
-    "next_exit",
-    "ponder",
-    "previous_exit",
-    "ramped",
-    "rising",
-    "soft",
-    "squared",
-    "steps",
-    "where_right",
-]
+    "Again", "BlockBounds", "BlockDropReward", "Critic", "CrossEntropy", "Dual", "EntropyBonus", "FlopsBudget",
+    "Further", "GateL1", "GlobalTargetRate", "Hybrid", "LeaveOneOut", "MovingAverage", "MultiExit", "OneForAll",
+    "Ponder", "Priced", "QLearning", "Ranking", "Reinforce", "ResourceAware", "Scheduled", "SelfCritical",
+    "SkipNetReturns", "StepPenalty", "SubnetworkDistillation", "TargetRate", "TaughtExits", "Term", "Total",
+    "ValueLoss", "above", "bernoulli", "by_cost", "by_depth", "categorical", "conflict", "constant", "dense",
+    "everywhere", "falling", "frozen", "greedy", "hard", "itself", "last_exit", "learned", "minus_loss", "next_exit",
+    "nothing", "ponder", "previous_exit", "ramped", "returns", "right", "rising", "soft", "spent", "squared", "steps",
+    "surrogate", "used", "where_right",
+]  # fmt: skip
 
 
 class Total:
