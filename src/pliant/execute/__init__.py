@@ -10,6 +10,7 @@ from pliant.execute.heads import Linked
 from pliant.execute.loop import Halted, Halting
 from pliant.execute.planned import Planned
 from pliant.execute.regions import Affine, Attention, Look, Projective, Region, ThinPlate, Warp, Window
+from pliant.execute.routes import Node, Routes
 from pliant.execute.skip import Carried, Residual, Skip
 from pliant.execute.trees import Trees
 
@@ -27,11 +28,13 @@ __all__ = [
     "Linked",
     "Look",
     "MostConfident",
+    "Node",
     "Planned",
     "Projective",
     "Region",
     "Remember",
     "Residual",
+    "Routes",
     "Skip",
     "ThinPlate",
     "Trees",

@@ -9,9 +9,10 @@ from pliant.scores.halting import HaltingHead, Remainder
 from pliant.scores.place import PlacePolicy
 from pliant.scores.policy import Policy, Shrink
 from pliant.scores.recurrent import GateMemory, RecurrentGate
+from pliant.scores.routes import RouteGate
 from pliant.scores.spatial import ConvGate, MaskHead, SqueezeMaskHead
 
 __all__ = [
     "ConvGate", "Entropy", "GateMemory", "Guarded", "HaltingHead", "LinearGate", "LogitDistance", "MLPGate", "Margin",
-    "MaskHead", "MaxProbability", "Patience", "PlacePolicy", "Policy", "Pooled", "RecurrentGate", "Remainder", "Shrink", "SqueezeMaskHead",
+    "MaskHead", "MaxProbability", "Patience", "PlacePolicy", "Policy", "Pooled", "RecurrentGate", "Remainder", "RouteGate", "Shrink", "SqueezeMaskHead",
 ]  # fmt: skip

@@ -25,6 +25,8 @@ BUILDERS: dict[str, str] = {
     "ranet": "pliant.systems.depth.ranet:ranet",
     "stn": "pliant.systems.spatial.stn:stn",
     "gfnet": "pliant.systems.spatial.gfnet:gfnet",
+    "supernet_routing": "pliant.systems.routing.supernet_routing:supernet_routing",
+    "dynamic_routing_seg": "pliant.systems.routing.dynamic_routing_seg:dynamic_routing_seg",
     "tel": "pliant.systems.routing.tel:tel",
 }
 PARTS: dict[str, str] = {
