@@ -39,6 +39,7 @@ from pliant.losses.rate import GateL1, GlobalTargetRate, TargetRate, above, hard
 from pliant.losses.rewards import (
     BlockDropReward,
     Dual,
+    MarginGain,
     Priced,
     SkipNetReturns,
     StepPenalty,
@@ -55,10 +56,10 @@ Term = Callable[[Tensor, Trace, Tensor, float], Tensor] | Further
 
 __all__ = [
     "Again", "BlockBounds", "BlockDropReward", "Critic", "CrossEntropy", "Dual", "EntropyBonus", "FlopsBudget",
-    "Further", "GateL1", "GlobalTargetRate", "Hybrid", "LeaveOneOut", "MovingAverage", "MultiExit", "OneForAll",
-    "Ponder", "Priced", "QLearning", "Ranking", "Reinforce", "ResourceAware", "Scheduled", "SelfCritical",
-    "SkipNetReturns", "StepPenalty", "SubnetworkDistillation", "TargetRate", "TaughtExits", "Term", "Total",
-    "ValueLoss", "above", "bernoulli", "by_cost", "by_depth", "categorical", "conflict", "constant", "dense",
+    "Further", "GateL1", "GlobalTargetRate", "Hybrid", "LeaveOneOut", "MarginGain", "MovingAverage", "MultiExit",
+    "OneForAll", "Ponder", "Priced", "QLearning", "Ranking", "Reinforce", "ResourceAware", "Scheduled",
+    "SelfCritical", "SkipNetReturns", "StepPenalty", "SubnetworkDistillation", "TargetRate", "TaughtExits", "Term",
+    "Total", "ValueLoss", "above", "bernoulli", "by_cost", "by_depth", "categorical", "conflict", "constant", "dense",
     "everywhere", "falling", "frozen", "greedy", "hard", "itself", "last_exit", "learned", "minus_loss", "next_exit",
     "nothing", "ponder", "previous_exit", "ramped", "returns", "right", "rising", "soft", "spent", "squared", "steps",
     "surrogate", "used", "where_right",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pliant.core.decision import Decision
 from pliant.core.errors import PliantError
-from pliant.core.trace import Trace
+from pliant.core.trace import Exit, Trace
 from pliant.cost import expected_flops
 from pliant.losses.visits import Visits, came, per_row, sampled, scored
 
@@ -214,6 +214,62 @@ class StepPenalty:
         last = here & (here.flip(0).cumsum(0).flip(0) == 1)
         kept = torch.stack([per_row(self.kept(d), d, trace.batch) for _, d in found])
         return torch.where(last, task, 0.0) - self.penalty * kept.to(task)
+
+
+class MarginGain:
+    r"""For looks or frames one after the other: what each adds to the best margin so far, less its price.
+
+    .. math:: m_k = p_k(\text{target}) - \max_{c \ne \text{target}} p_k(c), \qquad r_v = \max(0, m_{v+1} - \max_{k \le v} m_k) - \lambda
+
+    Exit :math:`v + 1` answers after the look that visit :math:`v` decided. Where a row has left, the reward is 0.
+
+    Shape:
+        Returns :math:`(V, R)`, for :math:`V + 1` exits; wrap in :func:`returns` for :class:`Reinforce`.
+
+    Args:
+        price: :math:`\lambda \ge 0`, of each look.
+
+    Raises:
+        PliantError: where the price is negative, or the exits aren't one more than the visits that were drawn.
+
+    >>> from pliant.core.trace import Exit
+    >>> d = Decision(torch.zeros(1), log_prob=torch.zeros(1))
+    >>> exits = (Exit(torch.zeros(1, 2)), Exit(torch.tensor([[2.0, 0.0]])))
+    >>> MarginGain(price=0.1)(torch.zeros(1, 2), Trace({"a": (d,)}, exits, (), 1), torch.tensor([0]))
+    tensor([[0.6616]])
+
+    References:
+        Survey section 5.2.2 (3); Wu et al., AdaFrame, CVPR 2019.
+    """
+
+    def __init__(self, *, price: float = 0.0) -> None:
+        _not_negative(price, "price")
+        self.price = price
+
+    def __call__(self, y: Tensor, trace: Trace, target: Tensor) -> Tensor:
+        """The reward of each visit and row."""
+        visits = len(sampled(trace))
+        if len(trace.exits) != visits + 1:
+            raise PliantError(
+                got=f"{len(trace.exits)} exits after {visits} drawn visits", expected="one more than the visits",
+                do="use a chain with an exit after each look, whose places are drawn",
+            )  # fmt: skip
+        margins, here = zip(*(self._margin(e, target, trace.batch) for e in trace.exits), strict=True)
+        best = torch.stack(margins).cummax(0).values
+        return torch.where(torch.stack(here[1:]), best.diff(dim=0) - self.price, 0.0)
+
+    def _margin(self, e: Exit, target: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """The margin of every row of the batch at one exit, -1 where it never came, and who came."""
+        p = e.logits.detach().softmax(-1)
+        of = target if e.rows is None else target[e.rows]
+        mine = p.gather(1, of[:, None])[:, 0]
+        margin = mine - p.scatter(1, of[:, None], -1.0).amax(1)
+        came_here = torch.ones_like(of, dtype=torch.bool) if e.reached is None else e.reached
+        margin = torch.where(came_here, margin, -1.0)
+        if e.rows is None:
+            return margin, came_here
+        whole = margin.new_full((batch,), -1.0).index_copy(0, e.rows, margin)
+        return whole, torch.zeros(batch, dtype=torch.bool, device=margin.device).index_copy(0, e.rows, came_here)
 
 
 class Priced:
