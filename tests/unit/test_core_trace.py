@@ -190,3 +190,10 @@ def test_decisions_have_any_trailing_shape() -> None:
     assert d.dense(4).sum(1).tolist() == [0, 0, 3, 0]
     soft = Decision(torch.ones(2), soft=torch.tensor([0.25, 0.75]))
     assert soft.dense_soft(2).tolist() == [0.25, 0.75]
+
+
+def test_a_shape_that_hangs_on_the_input_is_said_per_call() -> None:
+    site = Site(nn.Conv2d(2, 1, 1), rules.Always())
+    assert site(torch.zeros(3, 2, 4, 5), shape=(1, 4, 5)).value.shape == (3, 1, 4, 5)
+    with pytest.raises(PliantError, match=r"shape \(3, 1, 4, 5\); expected \(3, 1, 2, 2\)"):
+        site(torch.zeros(3, 2, 4, 5), given=torch.ones(3, 1, 4, 5), shape=(1, 2, 2))

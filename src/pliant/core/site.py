@@ -104,12 +104,14 @@ class Site(nn.Module):
         self.shape = shape
 
     def forward(
-        self, x: Any, *, given: Tensor | Outcome | None = None, carry: Any = None, visit: int | None = None
-    ) -> Decision:
+        self, x: Any, *, given: Tensor | Outcome | None = None, carry: Any = None, visit: int | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> Decision:  # fmt: skip
         """Decide for every row of ``x``; what is ``given`` is taken as it is and nothing is scored.
 
         An outcome also says by which soft value the giver decided, so that an expected cost has its gradient. A loop
-        passes the number of its ``visit``, so that a trace of it can be replayed visit by visit.
+        passes the number of its ``visit``, so that a trace of it can be replayed visit by visit. An executor whose
+        decisions have a trailing ``shape`` that hangs on the input's (a map) passes it; every value must have it then.
         """
         here = tape.here()
         rule = self.rule if visit is None else self.rule.at(visit)
@@ -122,7 +124,7 @@ class Site(nn.Module):
             outcome = given if isinstance(given, Outcome) else Outcome(given)
         else:
             if not rule.reads_scores:
-                outcome = rule(first.new_zeros((rows, *self.shape)))
+                outcome = rule(first.new_zeros((rows, *(self.shape if shape is None else shape))))
             else:
                 if here.tape is None:
                     scores, carry = self._score(x, carry)
@@ -133,6 +135,12 @@ class Site(nn.Module):
         value = outcome.value
         if value.shape[0] != rows:
             raise _wrong_rows(value, rows)
+        if shape is not None and value.shape[1:] != shape:
+            raise PliantError(
+                got=f"a decision of shape {tuple(value.shape)}",
+                expected=f"({rows}, {', '.join(map(str, shape))})",
+                do="let the scorer, the rule or given= say one value for each of these",
+            )
         decision = Decision(
             value, scores, outcome.soft, outcome.log_prob, here.rows, here.reached, carry, visit, outcome.weight
         )
