@@ -85,6 +85,8 @@ class Trees(Executor):
         outputs: :math:`O`.
         trees: :math:`m`.
         rules: one for each level, :math:`d` in all; they must judge every number by itself.
+        dense_above: share of a level's nodes, over the batch, above which all are computed, since that is faster (some 1/24): then
+            rows cost more than their decisions ask for. 1 is never.
 
     Raises:
         PliantError: where there are no trees or no levels.
@@ -101,7 +103,9 @@ class Trees(Executor):
     row's trees by itself; exported, everything is computed.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, trees: int, rules: Sequence[Rule]) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, *, trees: int, rules: Sequence[Rule], dense_above: float = 1.0
+    ) -> None:  # fmt: skip
         super().__init__()
         if trees < 1 or len(rules) == 0:
             raise PliantError(
@@ -109,6 +113,7 @@ class Trees(Executor):
                 do="pass trees=10, rules=[SmoothStep() for _ in range(4)]",
             )  # fmt: skip
         self.trees = trees
+        self.dense_above = dense_above
         counts = [trees * 2**level for level in range(len(rules) + 1)]
         self.nodes = nn.ModuleList(nn.Linear(inputs, count, bias=False) for count in counts[:-1])
         self.sites = nn.ModuleList(PairSite(r, shape=(n, 2)) for r, n in zip(rules, counts, strict=False))
@@ -142,13 +147,15 @@ class Trees(Executor):
         reach, t = x.new_ones(len(every)), self.nodes[0](x).flatten()
         for level, site in enumerate(self.sites):
             decision = site.pairs(torch.stack([t, -t], -1), pairs)  # pyright: ignore[reportCallIssue]
-            wanted, before = reach, pairs
-            pairs, reach = _reached(pairs, _children(reach, decision.value))
-            booked = {} if tape.tape() is None else _booked(before, pairs, wanted, decision)
+            before, pairs, reach, parents = pairs, *_reached(pairs, _children(reach, decision.value)), reach
+            last = level == len(self.sites) - 1
+            dense = not last and len(pairs.rows) > self.dense_above * batch * pairs.count
+            booked = {} if tape.tape() is None else _booked(before, None if dense else pairs, parents, decision)
             with tape.part(site, decision.visit, "1/next", of=pairs.count, **booked):
-                if level == len(self.sites) - 1:
+                if last:
                     return _summed(self.leaves, reach, pairs)
-                t = _products(x, self.nodes[level + 1].weight, pairs)  # pyright: ignore[reportArgumentType]
+                nodes = self.nodes[level + 1]
+                t = pairs.pick(nodes(x)) if dense else _products(x, nodes.weight, pairs)  # pyright: ignore[reportArgumentType]
         raise AssertionError("there is at least one level")
 
 
@@ -166,13 +173,13 @@ def _reached(pairs: Pairs, reach: Tensor) -> tuple[Pairs, Tensor]:
     return below, reach.index_select(0, kept)
 
 
-def _booked(before: Pairs, now: Pairs, reach: Tensor, decision: Decision) -> dict[str, Any]:
-    """What a level costs each row: nodes that run, and those that the decision wants (1 for a parent that was a plain choice)."""
+def _booked(before: Pairs, now: Pairs | None, reach: Tensor, decision: Decision) -> dict[str, Any]:
+    """What a level costs each row: nodes that run (None: all), and those that the decision wants; ``reach`` is the parents'."""
     soft = decision.value if decision.soft is None else decision.soft
     wanted = reach.new_zeros(before.batch).index_add(
         0, before.rows, _children(reach, soft).unflatten(0, (-1, 2)).sum(1)
     )
-    return {"units": now.units(), "wanted": wanted}
+    return {"units": None if now is None else now.units(), "wanted": wanted}
 
 
 def _products(x: Tensor, weight: Tensor, pairs: Pairs) -> Tensor:
