@@ -26,10 +26,13 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "dynamic_routing_seg": ({"layers": 3, "scales": 2, "channels": 4, "stride": 2}, (6, 3, 16, 16)),
     "tel": ({"in_chans": 1, "trees": 3, "depth": 3, "width": 0.02, "widths": (4,)}, (6, 1, 12, 12)),
     "halting_score": ({"units": 3, "channels": 8, "bias": -0.5}, (6, 3, 16, 16)),
-    "policy_network": ({"depth": 8, "view": 8}, (6, 3, 16, 16)),
+    **dict.fromkeys(
+        ("policy_network", "self_critical", "rl_curriculum_tail", "alternating_backbone_agent"),
+        ({"depth": 8, "view": 8}, (6, 3, 16, 16)),
+    ),
     **dict.fromkeys(
         ("gating_function", "gate_relu_tanh", "ste", "ste_slope_annealing", "gumbel_softmax", "binary_concrete",
-         "improved_semhash"),
+         "improved_semhash", "reinforce", "rl_compute_reward", "rl_hybrid_supervised"),
         ({"depth": 8}, (6, 3, 16, 16)),
     ),
     **dict.fromkeys(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pliant.core.site import Rule
 from pliant.rules.budget import AtMost
 from pliant.rules.fixed import Always, Given, Never, Random
+from pliant.rules.forced import Forced
 from pliant.rules.halting import Halting
 from pliant.rules.place import Regressed, Uniform
 from pliant.rules.smooth_step import SmoothStep
@@ -15,6 +16,7 @@ from pliant.rules.topk import TopK
 __all__ = [
     "Always",
     "AtMost",
+    "Forced",
     "Given",
     "Halting",
     "Never",

@@ -102,7 +102,7 @@ def relu_far_overconfidence(
     return bind(chain, guarded)
 
 
-alternating_backbone_agent = policy_network
+alternating_backbone_agent = self_critical = rl_curriculum_tail = policy_network
 conf_max_softmax = exit_threshold_search = temperature_scaling = _exits(MaxProbability)
 loss_multi_exit = one_for_all_kd = loss_inter_scale_ranking = conf_max_softmax
 conf_entropy = _exits(Entropy)
@@ -116,4 +116,5 @@ loss_target_rate = loss_gate_l1 = loss_resource_aware = subnetwork_distillation 
 gate_relu_tanh = _gates(ReluTanh)
 ste = _gates(lambda: estimators.StraightThrough(Threshold(0.0)))
 ste_slope_annealing = _gates(lambda: estimators.StraightThrough(Threshold(0.0), surrogate=estimators.HardSigmoid(1.0)))
+reinforce = rl_compute_reward = rl_hybrid_supervised = _gates(lambda: estimators.ScoreFunction(Threshold(0.0)))
 improved_semhash = _gates(lambda: estimators.SemHash(Threshold(0.0)))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pliant.train.bound import Curriculum
+from pliant.train.bound import Curriculum, PlanCurriculum
 from pliant.train.fit import Fit, History, fit
 from pliant.train.phases import Loss, Phase, plan
 from pliant.train.recipes import agent_on_backbone, alternating, exits_on_backbone, relaxed_to_hybrid
 from pliant.train.stop import Plateau
 
 __all__ = [
-    "Curriculum", "Fit", "History", "Loss", "Phase", "Plateau", "agent_on_backbone", "alternating", "exits_on_backbone",
+    "Curriculum", "Fit", "History", "Loss", "Phase", "PlanCurriculum", "Plateau", "agent_on_backbone", "alternating", "exits_on_backbone",
     "fit", "plan", "relaxed_to_hybrid",
 ]  # fmt: skip

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from pliant.core.bind import Part, bind
 from pliant.core.errors import PliantError
+from pliant.core.site import Rule
 from pliant.rules.fixed import Always
+from pliant.rules.forced import Forced
 
 Parts = Mapping[str, Part | tuple[Part, ...]]
 """From a pattern on site paths to what ``pliant.bind`` puts there."""
@@ -68,6 +70,49 @@ class Curriculum:
         still = len(self.paths) - free
         held = self.paths[:still] if self.order == "tail" else self.paths[free:]
         return {**dict.fromkeys(held, self.forced), **{k: v for k, v in self.free.items() if k not in held}}
+
+
+@dataclass(frozen=True)
+class PlanCurriculum:
+    """The same over the columns of one plan: the forced ones are on (:class:`pliant.rules.Forced`).
+
+    Args:
+        path: of the site that plans.
+        columns: how many decisions it plans.
+        rule: decides the free ones.
+        order: "tail" frees the last ones first, "head" the first ones.
+        first: free in the first epoch.
+        step: freed at a time.
+        every: epochs from one time to the next.
+
+    Raises:
+        PliantError: for no columns, or counts out of range.
+
+    >>> from pliant.rules import Threshold
+    >>> freed = PlanCurriculum("site", 3, Threshold(0.0))
+    >>> [freed(epoch)["site"].extra_repr() for epoch in range(3)]
+    ['mask=11?', 'mask=1??', 'mask=???']
+
+    References:
+        Survey section 5.2.2 (3); Wu et al., BlockDrop, CVPR 2018.
+    """
+
+    path: str
+    columns: int
+    rule: Rule
+    order: Literal["tail", "head"] = "tail"
+    first: int = 1
+    step: int = 1
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        self(0)
+
+    def __call__(self, epoch: int) -> Parts:
+        """What is bound in ``epoch``."""
+        names = tuple(map(str, range(self.columns)))
+        held = Curriculum(names, self.order, self.first, self.step, self.every)(epoch)
+        return {self.path: Forced(self.rule, [1 if name in held else None for name in names])}
 
 
 def parts_of(rules: Rules, epoch: int) -> Parts:
