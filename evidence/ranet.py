@@ -12,14 +12,14 @@ from pliant.reproduce import Claim, Lab, Table
 from pliant.study import accuracy
 from pliant.systems.backbones import resnet
 from pliant.systems.resolutions import FusionBlock
-from pliant.tune import geometric
+from pliant.tune import search
 from pliant.tune.held_out import HeldOut
 
 ROWS, EPOCHS, SEEDS = 6_000, 5, (0, 1)
 DATA = told(ROWS, "; the YAML's claims are for CIFAR-10")
-OURS = {"step": 2, "channels": 8, "growth": 4, "head_channels": 32}
-RIVAL = {"exits": 5, "base": 1, "step": 1, "growing": 0, "channels": 6, "growth": 4, "head_channels": 32}
-STATIC = {"6, 12, 24 channels": (6, 12, 24), "8, 16, 32": (8, 16, 32), "10, 20, 40": (10, 20, 40)}
+OURS = {"step": 2, "channels": 8, "growth": 6, "head_channels": 32}
+RIVAL = {"exits": 6, "base": 1, "step": 1, "growing": 0, "channels": 8, "growth": 6, "head_channels": 32}
+STATIC = {"8, 16, 32 channels": (8, 16, 32), "12, 24, 48": (12, 24, 48), "15, 30, 60": (15, 30, 60)}
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -50,7 +50,7 @@ def run(lab: Lab) -> list[Claim | Table]:
             flops = float(record(net)(x[:1])[1].flops[0])
             if float(test.flops[0]) <= flops <= float(test.flops[-1]):
                 over[-1].append(at(val, test, flops) - accuracy(net, data.test)[0])
-        exits = test.leaves(geometric(val, 0.5 * float(val.flops[-1])))
+        exits = test.leaves(search(val, 0.5 * float(val.flops[-1])))
         coarse, fine = exits < 2, exits >= 4
         drop = [blurred_drop(model, x[part], data.test.y[part], exits[part]) for part in (coarse, fine)]
         blur.append(drop[1] - drop[0])
@@ -120,7 +120,7 @@ def run(lab: Lab) -> list[Claim | Table]:
 
 def at(val: HeldOut, test: HeldOut, flops: float) -> float:
     """Test accuracy with thresholds chosen on held-out rows for this many FLOPs."""
-    return test.evaluate(geometric(val, flops))[0]
+    return test.evaluate(search(val, flops))[0]
 
 
 def exit_of(test: HeldOut, flops: float) -> float:
