@@ -8,6 +8,7 @@ from pliant.execute.equilibrium import equilibrium, scale_all, scale_last
 from pliant.execute.exits import Answer, Exits, MostConfident
 from pliant.execute.heads import Linked
 from pliant.execute.loop import Halted, Halting
+from pliant.execute.pixels import Branch, Pixels
 from pliant.execute.planned import Planned
 from pliant.execute.regions import Affine, Attention, Look, Projective, Region, ThinPlate, Warp, Window
 from pliant.execute.routes import Node, Routes
@@ -18,6 +19,7 @@ __all__ = [
     "Affine",
     "Answer",
     "Attention",
+    "Branch",
     "Carried",
     "Chain",
     "Exits",
@@ -29,6 +31,7 @@ __all__ = [
     "Look",
     "MostConfident",
     "Node",
+    "Pixels",
     "Planned",
     "Projective",
     "Region",
