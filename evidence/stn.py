@@ -95,7 +95,8 @@ def run(lab: Lab) -> list[Claim | Table]:
               "centre of mass of what the CNN reads against that of the image"),
         Claim("and that of their angles, within classes", ", ".join(f"{v:.2f} times" for v in angle), "< 0.5 times", max(angle) < 0.5, angle,
               "principal axis by second moments, doubled angles: 1 minus the length of the mean, weighted by how long the digit is"),
-        Claim("on bent digits a thin plate spline has fewer errors than an affine transform", f"{percent(elastic)} points fewer", "> 0", min(elastic) > 0, elastic),
+        Claim("on bent digits a thin plate spline has fewer errors than an affine transform", f"{percent(elastic)} points fewer",
+              "> 0", min(elastic) > 0, elastic),
         Table("Test errors", ("seed", "digits", "transform", "errors"), rows),
     ]  # fmt: skip
 
