@@ -237,7 +237,7 @@ class Pixels(Executor):
         if not torch.compiler.is_exporting():
             share = float(wanted.active.mean()) if wanted.active.numel() else 0.0
             if share == 0 and not self.training and tape.tape() is None:
-                return self.shortcut(x)
+                return self.shortcut(x).contiguous(memory_format=torch.channels_last)  # laid out as any other answer
             if share > self.dense_above:
                 return self._masked(x, decision, wanted)
         y = self.branch(x, partial(somewhere, wanted=wanted))

@@ -24,6 +24,7 @@ BUILDERS: dict[str, str] = {
     "convnet_aig": "pliant.systems.depth.convnet_aig:convnet_aig",
     "ranet": "pliant.systems.depth.ranet:ranet",
     "stn": "pliant.systems.spatial.stn:stn",
+    "dynconv": "pliant.systems.spatial.dynconv:dynconv",
     "gfnet": "pliant.systems.spatial.gfnet:gfnet",
     "supernet_routing": "pliant.systems.routing.supernet_routing:supernet_routing",
     "dynamic_routing_seg": "pliant.systems.routing.dynamic_routing_seg:dynamic_routing_seg",
