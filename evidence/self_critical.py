@@ -86,6 +86,6 @@ def run(lab: Lab) -> list[Claim]:
         Claim("its mean is REINFORCE's without baseline (coin, 200,000 draws, off the analytic one)",
               ", ".join(f"{100 * m:.2f}" for m in miss) + " %", "<= 2 %", max(miss) <= 0.02, miss),
         Claim("flag task: its gradient's variance over that with a constant baseline, the mean reward", f"{mean(shares):.2f}", "< 1 (mean)",
-              mean(shares) < 1, shares, "by seed and steps trained: " + ", ".join(said) + ". Tried: looks after 300, 600 and 1,200 steps only, 1.02: once the task is"
-              " learnt, rows with the branch open are all worth the same, and the mean is as good a baseline"),
+              mean(shares) < 1, shares, "by seed and steps trained: " + ", ".join(said) + ". Tried: looks after 300, 600 and 1,200"
+              " steps only, 1.02: once the task is learnt, rows with the branch open are all worth the same, and the mean is as good a baseline"),
     ]  # fmt: skip

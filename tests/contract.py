@@ -22,6 +22,7 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "ranet": ({"step": 1, "channels": 4, "growth": 4, "head_channels": 8}, (6, 3, 32, 32)),
     "stn": ({"in_chans": 1, "widths": (4, 8), "size": 12}, (6, 1, 20, 20)),
     "gfnet": ({"in_chans": 1, "size": 8, "steps": 3, "widths": (4, 4, 8), "hidden": 8, "policy": 8}, (6, 1, 20, 20)),
+    "q_learning_routing": ({"widths": (4, 8), "branches": 3}, (6, 3, 16, 16)),
     "supernet_routing": ({"widths": (4, 8), "branches": 3}, (6, 3, 16, 16)),
     "dynamic_routing_seg": ({"layers": 3, "scales": 2, "channels": 4, "stride": 2}, (6, 3, 16, 16)),
     "dynconv": ({"blocks": 1, "width": 4}, (6, 3, 12, 12)),

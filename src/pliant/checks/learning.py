@@ -25,7 +25,7 @@ STANDARD_ERRORS = 5
 
 
 def gradient_reaches_scorers(s: Subject) -> str:
-    """Answer, expected cost and log-probabilities together move every scorer that has something to learn."""
+    """Answer, expected cost, log-probabilities and values together move every scorer that has something to learn."""
     learn = {
         path: [p for p in site.scorer.parameters() if p.requires_grad]
         for path, site in sites(s.model).items()
@@ -42,6 +42,9 @@ def gradient_reaches_scorers(s: Subject) -> str:
     loss = loss + (expected_flops(trace) / trace.dense_flops.clamp_min(1)).sum()
     for visits in trace.visits.values():
         loss = loss + sum(d.log_prob.sum() for d in visits if d.log_prob is not None)
+    for path in learn:
+        if sites(s.model)[path].rule.value_based:
+            loss = loss + sum(d.scores.sum() for d in trace.visits.get(path, ()) if d.scores is not None)
     parameters = list({id(p): p for found in learn.values() for p in found}.values())
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)  # pyright: ignore[reportArgumentType]
     by_id = {id(p): g for p, g in zip(parameters, grads, strict=True)}

@@ -48,10 +48,12 @@ class Rule(nn.Module, ABC):
     """Turns scores into a value. Spends where a score is above the threshold; a NaN score always spends.
 
     A rule with ``reads_scores = False`` gets zeros of the decision's shape instead, and the scorer isn't run. One with
+    ``value_based = True`` says that scores are values of actions, which a loss reads (Q-learning): choices pass no gradient.
     ``spends = False`` decides a number on which no cost hangs, such as a place; tuning leaves it alone.
     """
 
     reads_scores: bool = True
+    value_based: bool = False
     spends: bool = True
 
     @abstractmethod

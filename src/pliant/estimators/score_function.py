@@ -86,6 +86,7 @@ class EpsilonGreedy(Estimator):
         Survey section 5.2.2 (3); Lin et al., Runtime Neural Pruning, NeurIPS 2017.
     """
 
+    value_based = True
     epsilon: Tensor
 
     def __init__(self, rule: Rule, *, epsilon: float = 0.1) -> None:
@@ -123,6 +124,7 @@ class EpsilonGreedyOneHot(Rule):
         Survey section 5.2.2 (3); Lin et al., Runtime Neural Pruning, NeurIPS 2017.
     """
 
+    value_based = True
     epsilon: Tensor
 
     def __init__(self, *, epsilon: float = 0.1) -> None:

@@ -56,6 +56,7 @@ PARTS: dict[str, str] = {
     "rl_compute_reward": "pliant.losses.Priced",
     "self_critical": "pliant.losses.SelfCritical",
     "rl_curriculum_tail": "pliant.train.PlanCurriculum",
+    "q_learning_routing": "pliant.losses.QLearning",
     "rl_hybrid_supervised": "pliant.losses.Hybrid",
     "ste": "pliant.estimators.StraightThrough",
     "ste_slope_annealing": "pliant.estimators.HardSigmoid",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -29,6 +29,7 @@ from pliant.scores import (
 from pliant.systems.backbones import BasicBlock, conv_norm, resnet
 from pliant.systems.depth.convnet_aig import convnet_aig
 from pliant.systems.depth.msdnet import msdnet
+from pliant.systems.routing.supernet_routing import supernet_routing
 
 Build = Callable[..., nn.Module]
 
@@ -100,6 +101,14 @@ def relu_far_overconfidence(
     chain = conf_max_softmax(num_classes, in_chans, exits=exits, step=step, channels=channels)
     guarded = {path: Guarded(MaxProbability(), LogitDistance(num_classes)) for path in sites(chain)}
     return bind(chain, guarded)
+
+
+def q_learning_routing(
+    num_classes: int = 10, in_chans: int = 3, *, widths: Sequence[int] = (16, 32, 64), branches: int = 4
+) -> nn.Module:
+    """A chain of layers with blocks side by side, whose routers' scores are values of the branches."""
+    net = supernet_routing(num_classes, in_chans, widths=widths, branches=branches)
+    return bind(net, {"*": estimators.EpsilonGreedyOneHot()})
 
 
 alternating_backbone_agent = self_critical = rl_curriculum_tail = policy_network
