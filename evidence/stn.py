@@ -94,7 +94,7 @@ def run(lab: Lab) -> list[Claim | Table]:
         Claim("the variance of the digits' centres falls", ", ".join(f"{v:.2f} times" for v in centre), "< 0.5 times", max(centre) < 0.5, centre,
               "centre of mass of what the CNN reads against that of the image"),
         Claim("and that of their angles, within classes", ", ".join(f"{v:.2f} times" for v in angle), "< 0.5 times", max(angle) < 0.5, angle,
-              "principal axis by second moments, doubled angles: 1 minus the length of the mean, weighted by how long the digit is; tried before: 14 epochs, 0.53 times"),
+              "principal axis by second moments, doubled angles, long digits weigh more: 1 minus the mean's length; tried before: 14 epochs, 0.53 times"),
         Claim("on bent digits a thin plate spline has fewer errors than an affine transform", f"{percent(elastic)} points fewer",
               "> 0", min(elastic) > 0, elastic),
         Table("Test errors", ("seed", "digits", "transform", "errors"), rows),
