@@ -25,6 +25,8 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "q_learning_routing": ({"widths": (4, 8), "branches": 3}, (6, 3, 16, 16)),
     "supernet_routing": ({"widths": (4, 8), "branches": 3}, (6, 3, 16, 16)),
     "dynamic_routing_seg": ({"layers": 3, "scales": 2, "channels": 4, "stride": 2}, (6, 3, 16, 16)),
+    "sact": ({"units": 3, "widths": (4, 8), "bias": -0.5}, (6, 3, 12, 12)),
+    "resnet_act": ({"units": 3, "widths": (4, 8), "bias": -0.5}, (6, 3, 12, 12)),
     "dynconv": ({"blocks": 1, "width": 4}, (6, 3, 12, 12)),
     "tel": ({"in_chans": 1, "trees": 3, "depth": 3, "width": 0.02, "widths": (4,)}, (6, 1, 12, 12)),
     "halting_score": ({"units": 3, "channels": 8, "bias": -0.5}, (6, 3, 16, 16)),

@@ -6,6 +6,7 @@ from pliant.execute.chain import Chain, Forget, Remember
 from pliant.execute.collaboration import InlineHead, collaborative
 from pliant.execute.equilibrium import equilibrium, scale_all, scale_last
 from pliant.execute.exits import Answer, Exits, MostConfident
+from pliant.execute.halting_pixels import HaltingMap, HaltingPixels
 from pliant.execute.heads import Linked
 from pliant.execute.loop import Halted, Halting
 from pliant.execute.pixels import Branch, Pixels
@@ -26,6 +27,8 @@ __all__ = [
     "Forget",
     "Halted",
     "Halting",
+    "HaltingMap",
+    "HaltingPixels",
     "InlineHead",
     "Linked",
     "Look",

@@ -41,6 +41,7 @@ class HaltingHead(nn.Module):
     Args:
         channels: :math:`C`.
         bias: :math:`b` at the start; -3 (SACT) lets all units run, 1 (ACT on tokens) only a few.
+        norm: of the mean, e.g. ``nn.BatchNorm1d(channels)`` (SACT); default, nothing.
 
     >>> import torch
     >>> HaltingHead(4)(torch.zeros(2, 4, 3, 3))
@@ -50,15 +51,16 @@ class HaltingHead(nn.Module):
         Survey section 5.1.1; Figurnov et al., Spatially Adaptive Computation Time for Residual Networks, CVPR 2017.
     """
 
-    def __init__(self, channels: int, *, bias: float = -3.0) -> None:
+    def __init__(self, channels: int, *, bias: float = -3.0, norm: nn.Module | None = None) -> None:
         super().__init__()
         if channels < 1:
             raise PliantError(got=f"channels={channels}", expected="at least 1", do="pass the width of the state")
         self.pool = Pooled()
+        self.norm = nn.Identity() if norm is None else norm
         self.linear = nn.Linear(channels, 1)
         nn.init.normal_(self.linear.weight, std=1e-2)
         nn.init.constant_(self.linear.bias, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of state ``x``."""
-        return self.linear(self.pool(x)).squeeze(-1)
+        return self.linear(self.norm(self.pool(x))).squeeze(-1)

@@ -24,6 +24,8 @@ BUILDERS: dict[str, str] = {
     "convnet_aig": "pliant.systems.depth.convnet_aig:convnet_aig",
     "ranet": "pliant.systems.depth.ranet:ranet",
     "stn": "pliant.systems.spatial.stn:stn",
+    "sact": "pliant.systems.depth.sact:sact",
+    "resnet_act": "pliant.systems.depth.sact:resnet_act",
     "dynconv": "pliant.systems.spatial.dynconv:dynconv",
     "gfnet": "pliant.systems.spatial.gfnet:gfnet",
     "supernet_routing": "pliant.systems.routing.supernet_routing:supernet_routing",
