@@ -147,16 +147,18 @@ class Trees(Executor):
         reach, t = x.new_ones(len(every)), self.nodes[0](x).flatten()
         for level, site in enumerate(self.sites):
             decision = site.pairs(torch.stack([t, -t], -1), pairs)  # pyright: ignore[reportCallIssue]
-            before, pairs, reach, parents = pairs, *_reached(pairs, _children(reach, decision.value)), reach
-            last = level == len(self.sites) - 1
-            dense = not last and len(pairs.rows) > self.dense_above * batch * pairs.count
-            booked = {} if tape.tape() is None else _booked(before, None if dense else pairs, parents, decision)
+            parents, before = reach, pairs
+            pairs, reach = _reached(pairs, _children(reach, decision.value))
+            whole = len(pairs.rows) > self.dense_above * batch * pairs.count and level + 1 < len(self.nodes)
+            booked = {} if tape.tape() is None else _booked(before, None if whole else pairs, parents, decision)
             with tape.part(site, decision.visit, "1/next", of=pairs.count, **booked):
-                if last:
-                    return _summed(self.leaves, reach, pairs)
-                nodes = self.nodes[level + 1]
-                t = pairs.pick(nodes(x)) if dense else _products(x, nodes.weight, pairs)  # pyright: ignore[reportArgumentType]
-        raise AssertionError("there is at least one level")
+                if level + 1 == len(self.nodes):
+                    t = _summed(self.leaves, reach, pairs)
+                elif whole:
+                    t = pairs.pick(self.nodes[level + 1](x))
+                else:
+                    t = _products(x, self.nodes[level + 1].weight, pairs)  # pyright: ignore[reportArgumentType]
+        return t
 
 
 def _children(reach: Tensor, value: Tensor) -> Tensor:
