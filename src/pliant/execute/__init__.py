@@ -11,6 +11,7 @@ from pliant.execute.heads import Linked
 from pliant.execute.loop import Halted, Halting
 from pliant.execute.pixels import Branch, Pixels
 from pliant.execute.planned import Planned
+from pliant.execute.points import Refine
 from pliant.execute.regions import Affine, Attention, Look, Projective, Region, ThinPlate, Warp, Window
 from pliant.execute.routes import Node, Routes
 from pliant.execute.skip import Carried, Residual, Skip
@@ -37,6 +38,7 @@ __all__ = [
     "Pixels",
     "Planned",
     "Projective",
+    "Refine",
     "Region",
     "Remember",
     "Residual",

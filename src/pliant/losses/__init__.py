@@ -23,6 +23,7 @@ from pliant.losses.distill import (
 )
 from pliant.losses.exits import CrossEntropy, MultiExit, by_cost, by_depth, constant, ramped
 from pliant.losses.further import Again, Further, dense, frozen, itself
+from pliant.losses.points import PointLoss, Pointwise
 from pliant.losses.policy import (
     EntropyBonus,
     Hybrid,
@@ -57,7 +58,7 @@ Term = Callable[[Tensor, Trace, Tensor, float], Tensor] | Further
 __all__ = [
     "Again", "BlockBounds", "BlockDropReward", "Critic", "CrossEntropy", "Dual", "EntropyBonus", "FlopsBudget",
     "Further", "GateL1", "GlobalTargetRate", "Hybrid", "LeaveOneOut", "MarginGain", "MovingAverage", "MultiExit",
-    "OneForAll", "Ponder", "Priced", "QLearning", "Ranking", "Reinforce", "ResourceAware", "Scheduled",
+    "OneForAll", "PointLoss", "Pointwise", "Ponder", "Priced", "QLearning", "Ranking", "Reinforce", "ResourceAware", "Scheduled",
     "SelfCritical", "SkipNetReturns", "StepPenalty", "SubnetworkDistillation", "TargetRate", "TaughtExits", "Term",
     "Total", "ValueLoss", "above", "bernoulli", "by_cost", "by_depth", "categorical", "conflict", "constant", "dense",
     "everywhere", "falling", "frozen", "greedy", "hard", "itself", "last_exit", "learned", "minus_loss", "next_exit",

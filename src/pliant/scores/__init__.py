@@ -6,13 +6,15 @@ from pliant.scores.confidence import Entropy, Margin, MaxProbability, Patience, 
 from pliant.scores.gates import LinearGate, MLPGate
 from pliant.scores.guard import Guarded, LogitDistance
 from pliant.scores.halting import HaltingHead, Remainder
+from pliant.scores.modulation import Excitation, HyperCell, PooledLinear, SideConv
 from pliant.scores.place import PlacePolicy
 from pliant.scores.policy import Policy, Shrink
 from pliant.scores.recurrent import GateMemory, RecurrentGate
 from pliant.scores.routes import RouteGate
-from pliant.scores.spatial import ConvGate, MaskHead, SqueezeMaskHead
+from pliant.scores.spatial import ConvGate, MaskHead, PointUncertainty, SqueezeMaskHead
 
 __all__ = [
-    "ConvGate", "Entropy", "GateMemory", "Guarded", "HaltingHead", "LinearGate", "LogitDistance", "MLPGate", "Margin",
-    "MaskHead", "MaxProbability", "Patience", "PlacePolicy", "Policy", "Pooled", "RecurrentGate", "Remainder", "RouteGate", "Shrink", "SqueezeMaskHead",
+    "ConvGate", "Entropy", "Excitation", "GateMemory", "Guarded", "HaltingHead", "HyperCell", "LinearGate", "LogitDistance", "MLPGate", "Margin",
+    "MaskHead", "MaxProbability", "Patience", "PlacePolicy", "PointUncertainty", "Policy", "Pooled",
+    "RecurrentGate", "Remainder", "RouteGate", "Shrink", "SideConv", "SqueezeMaskHead",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Gates with convolutions: one logit for a map (SkipNet), or one for each of its positions (DynConv)."""
+"""Scores with maps: one logit for a map (SkipNet), one for each of its positions (DynConv), or how unsure each is (PointRend)."""
 
 from __future__ import annotations
 
@@ -115,3 +115,26 @@ class SqueezeMaskHead(MaskHead):
     def forward(self, x: Tensor) -> Tensor:
         """Scores of every position of ``x``."""
         return self.conv(x) + self.whole(self.pool(x)).reshape(-1, 1, 1, 1)
+
+
+class PointUncertainty(Score):
+    r"""How near the best two classes of each position are, :math:`s = z_{(2)} - z_{(1)} \le 0`; of one class, :math:`-|z|`.
+
+    In units of logits, so the natural rule ranks (:class:`pliant.rules.TopK`) and has no threshold.
+
+    Shape:
+        logits :math:`(R, K, H, W)`; scores :math:`(R, 1, H, W)`.
+
+    >>> PointUncertainty()(torch.tensor([3.0, 1.0, 2.5]).reshape(1, 3, 1, 1)).item()
+    -0.5
+
+    References:
+        Survey section 3.1.1; Kirillov et al., PointRend: Image Segmentation as Rendering, CVPR 2020.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of logits ``x``."""
+        if x.shape[1] == 1:
+            return -x.abs()
+        best = x.topk(2, dim=1).values
+        return best[:, 1:] - best[:, :1]

@@ -27,6 +27,7 @@ BUILDERS: dict[str, str] = {
     "sact": "pliant.systems.depth.sact:sact",
     "resnet_act": "pliant.systems.depth.sact:resnet_act",
     "dynconv": "pliant.systems.spatial.dynconv:dynconv",
+    "pointrend": "pliant.systems.spatial.pointrend:pointrend",
     "gfnet": "pliant.systems.spatial.gfnet:gfnet",
     "supernet_routing": "pliant.systems.routing.supernet_routing:supernet_routing",
     "dynamic_routing_seg": "pliant.systems.routing.dynamic_routing_seg:dynamic_routing_seg",
