@@ -182,3 +182,34 @@ def test_a_point_refuses_another_model():
         point.apply(nn.Linear(2, 2))
     with pytest.raises(pliant.PliantError, match="fields"):
         OperatingPoint.from_dict({"threshold": 1})
+
+
+class Wanting(nn.Module):
+    """A gate that asks for its block above all where the block before it was left out."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, 0] + 100 * (x[:, 1] != self.k)
+
+
+class Marking(nn.Module):
+    """A block that says in the second column that it ran."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k, self.layer = k, nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([torch.zeros_like(x[:, 0]), self.k + 1 - x[:, 1]], 1) + 0 * self.layer(x)
+
+
+def test_one_dial_reads_scores_as_they_come_with_earlier_sites_turned() -> None:
+    """Quantiles of the scores that come with everything on would run every second block, or none."""
+    sites = [pliant.Site(Wanting(k), pliant.rules.Threshold(0.0)) for k in range(6)]
+    model = nn.Sequential(*(pliant.execute.Residual(Marking(k), site) for k, site in enumerate(sites))).eval()
+    x = torch.stack([torch.linspace(0, 1, 300), torch.zeros(300)], 1)[torch.randperm(300)]
+    point = pliant.tune(model, [(x, torch.zeros(300, dtype=torch.long))], budget=0.4)
+    assert 0.35 <= point.share <= 0.4

@@ -9,24 +9,28 @@ from torch import Tensor, nn
 
 from pliant.core.bind import share, sites
 from pliant.core.errors import PliantError
-from pliant.core.trace import record
-from pliant.tune.held_out import Loader, all_on, device_of, run, spread
+from pliant.core.site import Outcome, Rule
+from pliant.tune.held_out import Loader, device_of, run, spread
 from pliant.tune.point import OperatingPoint, dial
 
+ROWS = 2048
+"""Held-out rows whose scores say where the quantiles are; what a position costs is measured on all rows."""
 
-@torch.no_grad()
-def _score_samples(model: nn.Module, loader: Loader) -> dict[str, Tensor]:
-    """All held-out scores of every site that has a threshold, everything on."""
-    found: dict[str, list[Tensor]] = {}
-    recorder = record(all_on(model))
-    wanted = {path for path, site in sites(model).items() if dial(site) is not None}
-    for x, _ in loader:
-        _, trace = recorder(x.to(device_of(model)))
-        for path in wanted & set(trace):
-            found.setdefault(path, []).extend(
-                d.scores.float().cpu().flatten() for d in trace[path] if d.scores is not None
-            )
-    return {path: torch.cat(parts) for path, parts in found.items()}
+
+class _AtQuantile(Rule):
+    """Turns its site's threshold to a quantile of the scores that come, the first time they do, and decides by it."""
+
+    def __init__(self, rule: Rule, threshold: Tensor, position: float) -> None:
+        super().__init__()
+        self.rule, self.threshold, self.position, self.turned = rule, threshold, position, False
+
+    def forward(self, scores: Tensor) -> Outcome:
+        """By the threshold just found; a loop's later visits keep the first one's."""
+        known = scores[~scores.isnan()]
+        if not self.turned and known.numel():
+            self.threshold.fill_(_quantile(known, self.position))
+            self.turned = True
+        return self.rule(scores)
 
 
 class Dial:
@@ -41,8 +45,7 @@ class Dial:
     """
 
     def __init__(self, model: nn.Module, loader: Loader) -> None:
-        self.samples = _score_samples(model, loader)
-        if not self.samples:
+        if not any(dial(site) is not None for site in sites(model).values()):
             raise PliantError(
                 got="a model without thresholds", expected="sites whose rule has a threshold",
                 do="give the sites Threshold rules, or bind them",
@@ -50,11 +53,33 @@ class Dial:
         self.loader = loader
         self.trial = share(model)
         _own_thresholds(self.trial)
+        some: list[Tensor] = []
+        for x, _ in loader:
+            some.append(x)
+            if sum(map(len, some)) >= ROWS:
+                break
+        self.some = torch.cat(some)[:ROWS].to(device_of(model))
+
+    @torch.no_grad()
+    def thresholds(self, position: float) -> dict[str, float]:
+        """Every site's threshold at the quantile ``position`` of the scores that come to it with the sites before it so set.
+
+        Scores with everything on would mislead: a gate that sees what others left out may score otherwise.
+        """
+        trial = share(self.trial).eval()
+        ends = float("-inf") if position <= 0 else float("inf")
+        buffers: dict[str, Tensor] = {}
+        for path, site in sites(trial).items():
+            if (buffer := dial(site)) is not None:
+                buffers[path] = buffer.fill_(ends)
+                site.rule = _AtQuantile(site.rule, buffer, position) if 0 < position < 1 else site.rule
+        if 0 < position < 1:
+            trial(self.some)
+        return {path: float(buffer) for path, buffer in buffers.items()}
 
     def at(self, position: float) -> OperatingPoint:
-        """Position 0 spends everywhere, 1 nowhere; in between, the cost never rises."""
-        thresholds = {path: _quantile(scores, position) for path, scores in self.samples.items()}
-        point = OperatingPoint(thresholds, solver="dial")
+        """Position 0 spends everywhere, 1 nowhere; in between, each site lets that share of those that come to it save."""
+        point = OperatingPoint(self.thresholds(position), solver="dial")
         point.apply(self.trial)
         accuracy, flops, dense = run(self.trial, self.loader)
         mean = flops.double().mean().item()
@@ -98,11 +123,7 @@ def _own_thresholds(model: nn.Module) -> None:
 
 
 def _quantile(scores: Tensor, position: float) -> float:
-    if position <= 0:
-        return float("-inf")
-    if position >= 1:
-        return float("inf")
-    ordered = scores.sort().values
+    ordered = scores.detach().float().flatten().sort().values
     at = position * (len(ordered) - 1)
     low, high = ordered[int(at)], ordered[min(int(at) + 1, len(ordered) - 1)]
     return float(low + (high - low) * (at - int(at)))
