@@ -204,6 +204,7 @@ class _Sums:
 
     def __init__(self) -> None:
         self.sums: dict[int, Tensor] = {}
+        self.ours: set[int] = set()  # made here, so that they may be added to in place
         self.empty: dict[int, tuple[int, Callable[[], Tensor]]] = {}
 
     def add(self, target: int, y: Tensor) -> None:
@@ -220,8 +221,12 @@ class _Sums:
             return
         y = y.narrow(0, 0, some.index.shape[0]) if some.exporting else y
         before = self.sums.get(target)
-        before = y.new_zeros((some.mask.shape[0], *y.shape[1:])) if before is None else before
-        self.sums[target] = before.index_add(0, some.index, y)
+        if before is None:
+            before = y.new_zeros((some.mask.shape[0], *y.shape[1:]))
+        elif target not in self.ours:
+            before = before.clone()
+        self.ours.add(target)
+        self.sums[target] = before.index_add_(0, some.index, y)
 
     def all(self) -> list[Tensor]:
         """Every target's feature; 0 where nothing came."""
