@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pliant.execute.chain import Chain, Forget, Remember
 from pliant.execute.collaboration import InlineHead, collaborative
+from pliant.execute.deformed import Deformed
 from pliant.execute.equilibrium import equilibrium, scale_all, scale_last
 from pliant.execute.exits import Answer, Exits, MostConfident
 from pliant.execute.halting_pixels import HaltingMap, HaltingPixels
 from pliant.execute.heads import Linked
+from pliant.execute.hyper import GrownConv2d, KernelGenerator, ScaledLSTM
+from pliant.execute.kernels import Adapted, DynamicReLU, Filtered, GeneratedConv2d, MixedConv2d, Operation, Scaled, ScaledPlaces, Steps
 from pliant.execute.loop import Halted, Halting
 from pliant.execute.pixels import Branch, Pixels
 from pliant.execute.planned import Planned
@@ -18,23 +21,32 @@ from pliant.execute.skip import Carried, Residual, Skip
 from pliant.execute.trees import Trees
 
 __all__ = [
+    "Adapted",
     "Affine",
     "Answer",
     "Attention",
     "Branch",
     "Carried",
     "Chain",
+    "Deformed",
+    "DynamicReLU",
     "Exits",
+    "Filtered",
     "Forget",
+    "GeneratedConv2d",
+    "GrownConv2d",
     "Halted",
     "Halting",
     "HaltingMap",
     "HaltingPixels",
     "InlineHead",
+    "KernelGenerator",
     "Linked",
+    "MixedConv2d",
     "Look",
     "MostConfident",
     "Node",
+    "Operation",
     "Pixels",
     "Planned",
     "Projective",
@@ -43,7 +55,11 @@ __all__ = [
     "Remember",
     "Residual",
     "Routes",
+    "Scaled",
+    "ScaledLSTM",
+    "ScaledPlaces",
     "Skip",
+    "Steps",
     "ThinPlate",
     "Trees",
     "Warp",

@@ -9,7 +9,7 @@ from pliant.rules.forced import Forced
 from pliant.rules.halting import Halting
 from pliant.rules.place import Regressed, Uniform
 from pliant.rules.smooth_step import SmoothStep
-from pliant.rules.soft import ReluTanh, Sigmoid
+from pliant.rules.soft import ReluTanh, Sigmoid, Softmax, SpatialSoftmax
 from pliant.rules.threshold import Threshold
 from pliant.rules.topk import TopK
 
@@ -26,6 +26,8 @@ __all__ = [
     "Rule",
     "Sigmoid",
     "SmoothStep",
+    "Softmax",
+    "SpatialSoftmax",
     "Threshold",
     "TopK",
     "Uniform",

@@ -15,6 +15,6 @@ from pliant.scores.spatial import ConvGate, MaskHead, PointUncertainty, SqueezeM
 
 __all__ = [
     "ConvGate", "Entropy", "Excitation", "GateMemory", "Guarded", "HaltingHead", "HyperCell", "LinearGate", "LogitDistance", "MLPGate", "Margin",
-    "MaskHead", "MaxProbability", "Patience", "PlacePolicy", "PointUncertainty", "Policy", "Pooled",
+    "MaskHead", "MaxProbability", "Patience", "PlacePolicy", "PointUncertainty", "Policy", "Pooled", "PooledLinear",
     "RecurrentGate", "Remainder", "RouteGate", "Shrink", "SideConv", "SqueezeMaskHead",
 ]  # fmt: skip
