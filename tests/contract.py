@@ -28,6 +28,7 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "sact": ({"units": 3, "widths": (4, 8), "bias": -0.5}, (6, 3, 12, 12)),
     "resnet_act": ({"units": 3, "widths": (4, 8), "bias": -0.5}, (6, 3, 12, 12)),
     "dynconv": ({"blocks": 1, "width": 4}, (6, 3, 12, 12)),
+    "carafe": ({"widths": (4, 6)}, (6, 3, 8, 8)),
     "pointrend": ({"width": 4, "hidden": 8, "share": 0.05}, (6, 3, 16, 16)),
     "tel": ({"in_chans": 1, "trees": 3, "depth": 3, "width": 0.02, "widths": (4,)}, (6, 1, 12, 12)),
     "halting_score": ({"units": 3, "channels": 8, "bias": -0.5}, (6, 3, 16, 16)),

@@ -17,6 +17,7 @@ from pliant import PliantError, Site, losses, rules, scores
 from pliant.execute import Refine
 from pliant.functional.resample import reassemble, sample, sample_at
 from pliant.functional.sparse_conv import places
+from pliant.systems.spatial.carafe import _carafe
 from pliant.systems.spatial.pointrend import OnPoints, PointHead, pointrend
 
 C, K = 3, 2
@@ -71,6 +72,16 @@ def test_reassembly_is_a_sum_over_neighbours(batch: int, height: int, width: int
                 if 0 <= y < height and 0 <= z < width:
                     wanted[:, :, i, j] += kernels[:, n, i, j, None] * x[:, :, y, z]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_carafe_starts_as_a_box_average_and_its_weights_share_one() -> None:
+    up, x = _carafe(4), torch.randn(2, 4, 6, 5)
+    y, trace = pliant.record(up)(x)
+    box = F.interpolate(F.avg_pool2d(x, 5, 1, 2), scale_factor=2, mode="nearest")
+    assert float((y - box).detach().abs().max()) < 1e-2
+    torch.testing.assert_close(pliant.plain(up)(x), box, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trace.dense("site").sum(1), torch.ones(2, 12, 10))
+    assert not pliant.bind(up, {"*": rules.Never()})(x).any()
 
 
 def built(rule: pliant.Rule) -> Refine:

@@ -15,6 +15,7 @@ from pliant.execute.loop import Halted, Halting
 from pliant.execute.pixels import Branch, Pixels
 from pliant.execute.planned import Planned
 from pliant.execute.points import Refine
+from pliant.execute.reassembly import Reassemble
 from pliant.execute.regions import Affine, Attention, Look, Projective, Region, ThinPlate, Warp, Window
 from pliant.execute.routes import Node, Routes
 from pliant.execute.skip import Carried, Residual, Skip
@@ -50,6 +51,7 @@ __all__ = [
     "Pixels",
     "Planned",
     "Projective",
+    "Reassemble",
     "Refine",
     "Region",
     "Remember",

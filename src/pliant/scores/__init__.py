@@ -11,10 +11,11 @@ from pliant.scores.place import PlacePolicy
 from pliant.scores.policy import Policy, Shrink
 from pliant.scores.recurrent import GateMemory, RecurrentGate
 from pliant.scores.routes import RouteGate
-from pliant.scores.spatial import ConvGate, MaskHead, PointUncertainty, SqueezeMaskHead
+from pliant.scores.spatial import ConvGate, KernelPredictor, MaskHead, PointUncertainty, SqueezeMaskHead
 
 __all__ = [
-    "ConvGate", "Entropy", "Excitation", "GateMemory", "Guarded", "HaltingHead", "HyperCell", "LinearGate", "LogitDistance", "MLPGate", "Margin",
+    "ConvGate", "Entropy", "Excitation", "GateMemory", "Guarded", "HaltingHead", "HyperCell", "KernelPredictor", "LinearGate", "LogitDistance",
+    "MLPGate", "Margin",
     "MaskHead", "MaxProbability", "Patience", "PlacePolicy", "PointUncertainty", "Policy", "Pooled", "PooledLinear",
     "RecurrentGate", "Remainder", "RouteGate", "Shrink", "SideConv", "SqueezeMaskHead",
 ]  # fmt: skip

@@ -138,3 +138,39 @@ class PointUncertainty(Score):
             return -x.abs()
         best = x.topk(2, dim=1).values
         return best[:, 1:] - best[:, :1]
+
+
+class KernelPredictor(Score):
+    r"""CARAFE's predictor: a 1x1 convolution to few channels, a 3x3 one to :math:`r^2 k^2`, shuffled to the target's size.
+
+    The last weights start with a standard deviation of 0.001, so that all neighbours start with the same score, nearly.
+
+    Shape:
+        features :math:`(R, C, H, W)`; scores :math:`(R, k^2, rH, rW)`.
+
+    Args:
+        channels: :math:`C`.
+        ratio: :math:`r`.
+        side: :math:`k`.
+        compressed: channels between.
+
+    >>> KernelPredictor(8, ratio=2, side=5)(torch.zeros(1, 8, 3, 4)).shape
+    torch.Size([1, 25, 6, 8])
+
+    References:
+        Survey section 3.1.2 (1); Wang et al., CARAFE: Content-Aware ReAssembly of FEatures, ICCV 2019.
+    """
+
+    def __init__(self, channels: int, *, ratio: int = 2, side: int = 5, compressed: int = 64) -> None:
+        super().__init__()
+        self.compress = nn.Conv2d(channels, compressed, 1)
+        self.encode = nn.Conv2d(compressed, (ratio * side) ** 2, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(ratio)
+        nn.init.xavier_uniform_(self.compress.weight)
+        nn.init.normal_(self.encode.weight, std=1e-3)
+        for conv in (self.compress, self.encode):
+            nn.init.zeros_(conv.bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of every target position's neighbours."""
+        return self.shuffle(self.encode(self.compress(x)))

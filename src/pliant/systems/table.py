@@ -27,6 +27,7 @@ BUILDERS: dict[str, str] = {
     "sact": "pliant.systems.depth.sact:sact",
     "resnet_act": "pliant.systems.depth.sact:resnet_act",
     "dynconv": "pliant.systems.spatial.dynconv:dynconv",
+    "carafe": "pliant.systems.spatial.carafe:carafe",
     "pointrend": "pliant.systems.spatial.pointrend:pointrend",
     "gfnet": "pliant.systems.spatial.gfnet:gfnet",
     "supernet_routing": "pliant.systems.routing.supernet_routing:supernet_routing",
