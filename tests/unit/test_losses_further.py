@@ -15,6 +15,7 @@ from pliant.execute import Skip
 from pliant.losses import (
     CrossEntropy,
     OneForAll,
+    Sandwich,
     SubnetworkDistillation,
     TaughtExits,
     Total,
@@ -146,3 +147,20 @@ def test_without_a_second_pass_it_says_what_to_do():
     assert by_hand["kd"].ndim == 0
     with pytest.raises(PliantError, match="gamma"):
         SubnetworkDistillation(temperature=0.0)
+
+
+def test_a_sandwich_trains_the_full_network_by_labels_alone():
+    model, (x, target) = gated(), batch()
+    loss = terms_of(model, Total({"kd": (1.0, Sandwich(share=1.0))}), x, target)["kd"]
+    wanted = (
+        F.cross_entropy(dense(model)(x), target)
+        + terms_of(model, Total({"kd": (1.0, SubnetworkDistillation(share=1.0))}), x, target)["kd"]
+    )
+    parameters = [p for name, p in model.named_parameters() if "scorer" not in name]
+    for one, other in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(wanted, parameters), strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(loss, wanted)
+    full = dense(model)(x).detach().requires_grad_()
+    term = Sandwich(share=1.0)(dense(model)(x).detach(), None, target, 0.0, (full, None))
+    (gradient,) = torch.autograd.grad(term, full)  # of the labels; none of the distillation
+    torch.testing.assert_close(gradient, (full.softmax(1) - F.one_hot(target, 3)).detach() / len(x))

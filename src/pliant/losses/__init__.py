@@ -13,6 +13,7 @@ from pliant.losses.conflict import conflict
 from pliant.losses.cost import BlockBounds, FlopsBudget, ResourceAware
 from pliant.losses.distill import (
     OneForAll,
+    Sandwich,
     SubnetworkDistillation,
     TaughtExits,
     everywhere,
@@ -58,12 +59,12 @@ Term = Callable[[Tensor, Trace, Tensor, float], Tensor] | Further
 __all__ = [
     "Again", "BlockBounds", "BlockDropReward", "Critic", "CrossEntropy", "Dual", "EntropyBonus", "FlopsBudget",
     "Further", "GateL1", "GlobalTargetRate", "Hybrid", "LeaveOneOut", "MarginGain", "MovingAverage", "MultiExit",
-    "OneForAll", "PointLoss", "Pointwise", "Ponder", "Priced", "QLearning", "Ranking", "Reinforce", "ResourceAware", "Scheduled",
-    "SelfCritical", "SkipNetReturns", "StepPenalty", "SubnetworkDistillation", "TargetRate", "TaughtExits", "Term",
-    "Total", "ValueLoss", "above", "bernoulli", "by_cost", "by_depth", "categorical", "conflict", "constant", "dense",
-    "everywhere", "falling", "frozen", "greedy", "hard", "itself", "last_exit", "learned", "minus_loss", "next_exit",
-    "nothing", "ponder", "previous_exit", "ramped", "returns", "right", "rising", "soft", "spent", "squared", "steps",
-    "surrogate", "used", "where_right",
+    "OneForAll", "PointLoss", "Pointwise", "Ponder", "Priced", "QLearning", "Ranking", "Reinforce", "ResourceAware",
+    "Sandwich", "Scheduled", "SelfCritical", "SkipNetReturns", "StepPenalty", "SubnetworkDistillation", "TargetRate",
+    "TaughtExits", "Term", "Total", "ValueLoss", "above", "bernoulli", "by_cost", "by_depth", "categorical",
+    "conflict", "constant", "dense", "everywhere", "falling", "frozen", "greedy", "hard", "itself", "last_exit",
+    "learned", "minus_loss", "next_exit", "nothing", "ponder", "previous_exit", "ramped", "returns", "right",
+    "rising", "soft", "spent", "squared", "steps", "surrogate", "used", "where_right",
 ]  # fmt: skip
 
 

@@ -171,11 +171,12 @@ class SubnetworkDistillation(Further):
 
     .. math:: L = \lambda\, T^2\, \mathrm{KL}(p_\text{full}^T \,\|\, p_\text{partial}^T) + (1 - \lambda)\, \mathrm{CE}(y, \text{target})
 
-    The teacher is the model itself with every site at 1, run in the same step without gradients (a "sandwich"), or any other
-    network. Gates learn from it through their estimators.
+    The teacher is another network, or the model itself with every site at 1, run in the same step without gradients. Gates learn
+    from it through their estimators. This term teaches the teacher nothing: a model whose dense pass nothing else trains
+    teaches rubbish; :class:`Sandwich` trains both.
 
     Args:
-        other: the teacher: :func:`dense`, or ``frozen(network)`` for one trained before.
+        other: the teacher: ``frozen(network)`` for one trained before, or :func:`dense`.
         share: :math:`\lambda` in [0, 1].
         temperature: :math:`T > 0`.
 
@@ -203,6 +204,40 @@ class SubnetworkDistillation(Further):
         """The mean over rows, in nats."""
         taught = kl(further[0], y, self.temperature).mean()
         return self.share * taught + (1 - self.share) * F.cross_entropy(y, target)
+
+
+class Sandwich(SubnetworkDistillation):
+    r"""The full and the partial network trained in one step, each with the labels, the partial one by the full one too.
+
+    .. math:: L = \mathrm{CE}(p_\text{full}, \text{target}) + \lambda\, T^2\, \mathrm{KL}(p_\text{full}^T \,\|\, p_\text{partial}^T) +
+        (1 - \lambda)\, \mathrm{CE}(p_\text{partial}, \text{target})
+
+    No gradient of the KL reaches the full network.
+
+    Args:
+        share: :math:`\lambda` in [0, 1].
+        temperature: :math:`T > 0`.
+
+    Raises:
+        PliantError: where share or temperature is outside its range.
+
+    >>> Sandwich(share=0.5)(torch.zeros(2, 4), None, torch.tensor([0, 1]), 0.0, (torch.zeros(2, 4), None))
+    tensor(2.0794)
+
+    References:
+        Survey section 5.2.1 (3); Yu and Huang, Universally Slimmable Networks, ICCV 2019 (the sandwich rule).
+    """
+
+    learns = True
+
+    def __init__(self, *, share: float = 0.5, temperature: float = 2.0) -> None:
+        super().__init__(dense, share=share, temperature=temperature)
+
+    def __call__(
+        self, y: Tensor, trace: Trace | None, target: Tensor, progress: float, further: tuple[Any, Trace | None]
+    ) -> Tensor:
+        """The mean over rows, in nats."""
+        return F.cross_entropy(further[0], target) + super().__call__(y, trace, target, progress, further)
 
 
 def check(gamma: float, temperature: float) -> None:

@@ -16,15 +16,19 @@ from pliant.rules.fixed import Always
 Other = Callable[[nn.Module], nn.Module]
 """From the model in training to what shall run on the same inputs."""
 Again = Callable[["Further"], tuple[Any, Trace]]
-"""Runs a term's other network on the inputs of the call that the loss is about, without gradients."""
+"""Runs a term's other network on the inputs of the call that the loss is about."""
 
 
 class Further(ABC):
-    """A term that reads another pass. ``fit`` runs it without gradients, after the model's own, in every step.
+    """A term that reads another pass. ``fit`` runs it after the model's own, in every step.
+
+    No gradient is kept of it, unless ``learns = True`` says that the term trains the other pass too.
 
     Args:
         other: asked once a phase for the network to run, e.g. :func:`dense` or ``frozen(teacher)``.
     """
+
+    learns: bool = False
 
     def __init__(self, other: Other) -> None:
         self.other = other

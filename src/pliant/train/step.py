@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pliant.core.errors import PliantError
 from pliant.core.trace import Trace, record
+from pliant.losses.further import Further
 
 
 class Batch:
@@ -44,12 +45,12 @@ class Step(nn.Module):
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             return _checked(self.loss(y, trace, batch.target, batch.progress, **more))
 
-    @torch.no_grad()
-    def _again(self, term: Any, x: Tensor) -> tuple[Any, Trace]:
+    def _again(self, term: Further, x: Tensor) -> tuple[Any, Trace]:
         """The pass that a term reads besides the model's own; its network is made once a phase."""
         if id(term) not in self.others:
             self.others[id(term)] = record(term.other(self.recorder.model).to(x.device))
-        return _wide(self.others[id(term)](x), x)
+        with torch.set_grad_enabled(term.learns and torch.is_grad_enabled()):
+            return _wide(self.others[id(term)](x), x)
 
 
 def _wide(call: tuple[Any, Trace], x: Tensor) -> tuple[Any, Trace]:
