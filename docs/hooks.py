@@ -18,6 +18,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Append the generated part to the pages that have one."""
     made = {
         "catalogue.md": catalogue, "evidence.md": evidence, "benchmarks.md": benchmarks, "decisions.md": decisions,
+        "extend.md": record,
     }.get(page.file.src_uri)  # fmt: skip
     return markdown if made is None else markdown + "\n\n" + made()
 
@@ -119,6 +120,24 @@ def picture(table: dict[str, Any]) -> str:
     pyplot.close(figure)
     code = base64.b64encode(written.getvalue()).decode("ascii")
     return f'<img alt="{table["title"]}: {table["plot"][1]} over {table["plot"][0]}" src="data:image/svg+xml;base64,{code}">'
+
+
+def record(id: str = "cascade_nn_layers") -> str:
+    """All that was written to add one system, read from where it stands."""
+    path = f"src/pliant/systems/depth/{id}.py"
+    code = (ROOT / path).read_text(encoding="utf-8")
+
+    def line(name: str) -> str:
+        found = [t for t in (ROOT / name).read_text(encoding="utf-8").splitlines() if t.strip().startswith(f'"{id}":')]
+        return f"In `{name}`:\n\n```text\n" + found[0] + "\n```"
+
+    parts = [
+        f"The file, `{path}`, {len(code.splitlines())} lines:\n\n```py\n{code}```",
+        line("src/pliant/systems/table.py"),
+        line("tests/contract.py"),
+        f"Its claims are in `evidence/{id}.py`, what came of them is [here](evidence.md#{id}).",
+    ]
+    return "\n\n".join(parts)
 
 
 def benchmarks() -> str:
