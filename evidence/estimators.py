@@ -123,7 +123,7 @@ def gated(lab: Lab, name: str, way: Way, start: nn.Module, data: Dataset, seed: 
     rates = losses.TargetRate(RATE) if way.baseline is None else Probabilities()
     loss = Total({"task": (1.0, CrossEntropy()), "rate": (WEIGHT, rates)} | way.terms())
     began = time.process_time()
-    phases = [phase(EPOCHS, lr=0.05, anneal=way.anneal or {})]
+    phases = [phase(EPOCHS, lr=0.05, clip=1.0, anneal=way.anneal or {})]
     trained(lab, f"{name}, seed {seed}", model, data, phases, loss=loss, seed=seed)
     seconds = time.process_time() - began
     values: dict[str, list[Tensor]] = {}
