@@ -18,7 +18,7 @@ from pliant.losses import Total
 from pliant.reproduce import Claim, Lab
 from pliant.study import accuracy
 
-SEEDS, ROWS, EPOCHS, LOOKS, UNITS, DRAWS = (0, 1, 2), 20_000, 12, 6, 128, 100_000
+SEEDS, ROWS, EPOCHS, LOOKS, UNITS, DRAWS = (0, 1), 20_000, 12, 6, 256, 100_000
 DATA = told(ROWS, f"; and made tasks: a bandit of three arms; {_flag.TOLD}")
 PAYS, LOGITS = torch.tensor([1.0, 2.5, 4.0]), torch.tensor([0.4, -0.2, 0.1])
 
@@ -78,7 +78,7 @@ def glimpses(lab: Lab, data: Any, seed: int, rule: Any) -> float:
     terms: dict[str, Any] = {"task": (1.0, losses.CrossEntropy())}
     if rule is None:
         policy = losses.Reinforce(lambda y, trace, target: losses.right(y, target), baseline=losses.LeaveOneOut())
-        terms["policy"] = (0.3, policy)
+        terms["policy"] = (0.1, policy)
     else:
         model = pliant.bind(model, {"*": rule})
     settings = phase(EPOCHS, optimizer="adamw", lr=2e-3, weight_decay=0.0, momentum=0.0, nesterov=False, clip=5.0)
@@ -118,5 +118,7 @@ def run(lab: Lab) -> list[Claim]:
         Claim("a visit that a row never came to gives it no gradient", f"{silent():g}", "0", silent() == 0, [silent()]),
         Claim(f"{LOOKS} looks of 8x8 pixels at Fashion-MNIST: accuracy", f"{percent(learned)} %", ">= 80 %", min(learned) >= 0.8, learned),
         Claim("learned places beat random ones, trained alike", f"{percent(gain)} points", ">= 5 points", sum(gain) / len(gain) >= 0.05, gain,
-              f"random places: {percent(blind)} %; six of them see much of a 28x28 image"),
+              f"random places: {percent(blind)} %; six of them see much of a 28x28 image. Tried: 128 units, policy weight 0.3, three seeds, -0.27, -2.35"
+              " and -1.50 points at 75.1 %; 256 units, 10,000 images, 8 epochs: weight 1 and standard deviation 0.1, 66.9 %; minus the loss as reward"
+              " and deviation 0.05, 69.7 %"),
     ]  # fmt: skip
