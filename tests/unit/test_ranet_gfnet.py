@@ -34,29 +34,19 @@ def ran_on(model: nn.Module, kind: type[nn.Module], x: torch.Tensor) -> list[tup
 def test_ranet_has_the_papers_configuration() -> None:
     model: Any = pliant.create_model("ranet").eval()
     assert len(model.heads) == 6  # 2, 4, 6 blocks; exits behind those that the sub-network below lacks
-    blocks = [type(m) for m in model.modules() if isinstance(m, Block)]
-    assert blocks.count(Block) == 6
-    assert blocks.count(FusionBlock) == 2 + 4
-    always = pliant.bind(model, {"*": rules.Always()})
-    x = torch.zeros(1, 3, 32, 32)
+    assert sum(isinstance(m, Block) for m in model.modules()) == 6
+    fused = [m for m in model.modules() if isinstance(m, FusionBlock)]
+    assert len(fused) == 2 + 4
+    always, x = pliant.bind(model, {"*": rules.Always()}), torch.zeros(1, 3, 32, 32)
     assert ran_on(always, Block, x)[0] == (1, 64, 8, 8)
-    # each sub-network begins at its own resolution and comes down to the coarsest
-    assert [s[2:] for s in ran_on(always, FusionBlock, x)] == [
-        (16, 16),
-        (16, 16),
-        (32, 32),
-        (32, 32),
-        (32, 32),
-        (16, 16),
-    ]
+    # each sub-network begins at its own resolution and comes down to the coarsest where one below it ends
+    assert [s[2] for s in ran_on(always, FusionBlock, x)] == [16, 16, 32, 32, 16, 16]
     assert {s[2:] for s in ran_on(always, Block, x)} == {(8, 8)}
-    assert {tuple(f.up[0][0].out_channels for f in m.layers) for m in model.modules() if isinstance(m, FusionBlock)}
-    growth = [
-        (m.layers[0].new[1][0].out_channels, m.layers[0].up[1][0].out_channels)
-        for m in model.modules()
-        if isinstance(m, FusionBlock)
-    ]
+    growth = [(m.layers[0].new[1][0].out_channels, m.layers[0].below[1][0].out_channels) for m in fused]
     assert growth == [(9, 3)] * 2 + [(5, 1)] * 4  # a quarter of the new channels comes from below
+    # as many parameters and FLOPs as the released network of this configuration, counted alike
+    assert sum(p.numel() for p in model.parameters()) == 2_451_158
+    assert int(pliant.record(always)(x)[1].flops) == 121_885_824
 
 
 def test_no_fine_block_runs_where_all_leave_coarse() -> None:
@@ -88,6 +78,8 @@ def test_odd_images_and_refusals() -> None:
         pliant.create_model("ranet", blocks=0)
     with pytest.raises(pliant.PliantError, match=r"share=1.5"):
         pliant.create_model("ranet", share=1.5)
+    with pytest.raises(pliant.PliantError, match=r"growth=1"):
+        pliant.create_model("ranet", growth=1)
 
 
 def test_the_other_name_of_ranet() -> None:
