@@ -30,6 +30,13 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "dynconv": ({"blocks": 1, "width": 4}, (6, 3, 12, 12)),
     "carafe": ({"widths": (4, 6)}, (6, 3, 8, 8)),
     "pointrend": ({"width": 4, "hidden": 8, "share": 0.05}, (6, 3, 16, 16)),
+    "condconv": ({"widths": (4, 8), "depth": 1, "static": 1, "experts": 3}, (6, 3, 12, 12)),
+    "deform_conv_v2": ({"depth": 8, "widths": (4, 8, 8)}, (6, 3, 12, 12)),
+    "dfn": ({"in_chans": 3, "kernel": 3, "widths": (2, 4, 8)}, (6, 3, 10, 10)),
+    "hypernetworks": ({"in_chans": 5, "hidden": 8, "hyper": 6, "embedding": 2}, (6, 5, 7)),
+    "senet": ({"depth": 8, "widths": (4, 8, 8), "reduction": 2}, (6, 3, 12, 12)),
+    "dy_relu": ({"widths": (4, 8), "depth": 1, "form": "place"}, (6, 3, 12, 12)),
+    "sgd_dynamic_parameters": ({"widths": (4, 8, 8), "depth": 1, "experts": 3}, (6, 3, 12, 12)),
     "tel": ({"in_chans": 1, "trees": 3, "depth": 3, "width": 0.02, "widths": (4,)}, (6, 1, 12, 12)),
     "halting_score": ({"units": 3, "channels": 8, "bias": -0.5}, (6, 3, 16, 16)),
     **dict.fromkeys(
@@ -70,6 +77,8 @@ def settle(model: nn.Module, x: Tensor) -> None:
         linear = [m for m in site.scorer.modules() if isinstance(m, nn.Linear)]
         if linear:
             linear[-1].weight.normal_(std=0.1)  # small: a clipped surrogate has no slope far out
+        for conv in [m for m in site.scorer.modules() if isinstance(m, nn.Conv2d) and not m.weight.any()]:
+            conv.weight.normal_(std=0.1)
     model.train()
     for _ in range(5):
         model(torch.randn_like(x) * torch.rand(len(x), *[1] * (x.ndim - 1)).add(0.5))

@@ -151,6 +151,8 @@ def _gradients(s: Subject, model: nn.Module, like: nn.Module) -> list[Tensor]:
     y = tensors(model(*args, **kwargs))
     weights = [torch.linspace(0.5, 1.5, t.numel()).reshape(t.shape).to(t) for t in y]
     loss = torch.stack([(t * w).sum() for t, w in zip(y, weights, strict=True)]).sum()
+    if not loss.requires_grad:  # all parameters are the scorers', and decisions are forced
+        return []
     found = torch.autograd.grad(loss, [p for p in like.parameters() if p.requires_grad], allow_unused=True)
     return [g if g is not None else torch.zeros(()) for g in found]
 

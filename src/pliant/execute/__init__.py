@@ -10,7 +10,17 @@ from pliant.execute.exits import Answer, Exits, MostConfident
 from pliant.execute.halting_pixels import HaltingMap, HaltingPixels
 from pliant.execute.heads import Linked
 from pliant.execute.hyper import GrownConv2d, KernelGenerator, ScaledLSTM
-from pliant.execute.kernels import Adapted, DynamicReLU, Filtered, GeneratedConv2d, MixedConv2d, Operation, Scaled, ScaledPlaces, Steps
+from pliant.execute.kernels import (
+    Adapted,
+    DynamicReLU,
+    Filtered,
+    GeneratedConv2d,
+    MixedConv2d,
+    Operation,
+    Scaled,
+    ScaledPlaces,
+    Steps,
+)
 from pliant.execute.loop import Halted, Halting
 from pliant.execute.pixels import Branch, Pixels
 from pliant.execute.planned import Planned

@@ -10,6 +10,29 @@ from pliant.functional.deform import deform_conv2d
 from pliant.functional.dynamic_conv import Geometry, output_size
 
 
+class DeformConv2d(nn.Module):
+    """A convolution whose taps are told where to read and how much to count; ``static`` is the convolution itself.
+
+    >>> import torch
+    >>> layer, x = DeformConv2d(nn.Conv2d(1, 1, 1)), torch.rand(1, 1, 2, 2)
+    >>> torch.allclose(layer(x, torch.zeros(1, 2, 2, 2), None), layer.static(x))
+    True
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+        self.geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor, offsets: Tensor, mask: Tensor | None) -> Tensor:
+        """The deformed convolution of ``x``."""
+        return deform_conv2d(x, offsets, self.conv.weight, self.conv.bias, mask=mask, geometry=self.geometry)
+
+    def static(self, x: Tensor) -> Tensor:
+        """The convolution."""
+        return self.conv(x)
+
+
 class Deformed(Executor):
     r"""Two sites decide where each tap of a convolution reads and how much it counts.
 
@@ -44,14 +67,15 @@ class Deformed(Executor):
 
     def __init__(self, conv: nn.Conv2d, offsets: Site, mask: Site | None = None, *, groups: int = 1) -> None:
         super().__init__()
-        self.conv = conv
+        self.operation = DeformConv2d(conv)
         self.offsets = offsets
         self.mask = mask
-        self.groups = groups
+        self.kernel, self.geometry = conv.kernel_size, self.operation.geometry
+        self.taps = groups * self.kernel[0] * self.kernel[1]
 
     def plain(self, x: Tensor) -> Tensor:
         """The convolution."""
-        return self.conv(x)
+        return self.operation.static(x)
 
     def masked(self, x: Tensor, given: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
         """The same as gathered: moved taps cost the same."""
@@ -59,11 +83,8 @@ class Deformed(Executor):
 
     def gathered(self, x: Tensor, given: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
         """Decide, sample, multiply."""
-        conv = self.conv
-        geometry = Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)  # pyright: ignore[reportArgumentType]
-        size = output_size(tuple(x.shape[2:]), conv.kernel_size, geometry)
-        taps = self.groups * conv.kernel_size[0] * conv.kernel_size[1]
+        size = output_size(tuple(x.shape[2:]), self.kernel, self.geometry)
         plans = (None, None) if given is None else given
-        offsets = self.offsets(x, given=plans[0], shape=(2 * taps, *size)).value - 1
-        mask = None if self.mask is None else self.mask(x, given=plans[1], shape=(taps, *size)).value
-        return deform_conv2d(x, offsets, conv.weight, conv.bias, mask=mask, geometry=geometry)
+        offsets = self.offsets(x, given=plans[0], shape=(2 * self.taps, *size)).value - 1
+        mask = None if self.mask is None else self.mask(x, given=plans[1], shape=(self.taps, *size)).value
+        return self.operation(x, offsets, mask)

@@ -53,7 +53,7 @@ class ScaledLSTM(Executor):
                 do="make the site with shape=(12, hidden)",
             )
         self.site = site
-        self.dropout = dropout
+        self.width, self.dropout = hidden, dropout
         self.inputs = nn.Linear(inputs, 4 * hidden, bias=False)
         self.states = nn.Linear(hidden, 4 * hidden, bias=False)
         nn.init.xavier_uniform_(self.inputs.weight)
@@ -78,8 +78,8 @@ class ScaledLSTM(Executor):
     def _run(self, x: Tensor, given: Tensor | None, site: Site | None) -> Tensor:
         steps = x.transpose(1, 2)
         seen = self.inputs(steps).unflatten(2, (4, -1))
-        h = c = x.new_zeros(x.shape[0], self.norm.normalized_shape[0])
-        carry, states = None, [x.new_zeros(x.shape[0], h.shape[1], 0)]
+        h = c = x.new_zeros(x.shape[0], self.width)
+        carry, states = None, [x.new_zeros(x.shape[0], self.width, 0)]
         for t in range(x.shape[2]):
             kept = self.states(h).unflatten(1, (4, -1))
             if site is not None:

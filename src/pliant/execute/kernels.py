@@ -22,7 +22,12 @@ from pliant.functional.dynamic_conv import Geometry, conv_each, filter_each, mix
 
 
 class Operation(nn.Module, ABC):
-    """What numbers adapt. A value of ones is the static operation: what ``Always`` and the plain form run."""
+    """What numbers adapt. A value of ones is the static operation: what ``Always`` and the plain form run.
+
+    ``maps`` is how many numbers each position has, where the decision has the map's size; None leaves its shape to the site.
+    """
+
+    maps: int | None = None
 
     @abstractmethod
     def forward(self, x: Tensor, value: Tensor) -> Tensor:
@@ -32,17 +37,13 @@ class Operation(nn.Module, ABC):
     def static(self, x: Tensor) -> Tensor:
         """The same at ones."""
 
-    def shape(self, x: Tensor) -> tuple[int, ...] | None:
-        """Trailing shape of the decision where it hangs on the map; None is the site's own."""
-        return None
-
 
 class Adapted(Executor):
     r"""Numbers decided for each row adapt an operation: :math:`y = f(x, v(x))`; the plain form is :math:`f(x, 1)`.
 
     Shape:
         ``x``: what the operation takes, seen by the site too, or a :class:`Look`: then the site reads ``x.seen``, and the
-        answer is :class:`Carried` with the scorer's memory. ``given``: the numbers.
+        answer is :class:`Carried` with the scorer's memory. ``given``: the numbers; a loop passes the number of its ``visit``.
 
     Args:
         site: decides, by a soft rule (:class:`pliant.rules.Sigmoid`, ``Softmax``, ``Regressed``) or any other.
@@ -62,19 +63,21 @@ class Adapted(Executor):
         super().__init__()
         self.site = site
         self.operation = operation
+        self.maps = operation.maps
 
     def plain(self, x: Any) -> Any:
         """The static operation."""
         return Carried(self.operation.static(x.image), x.carry) if isinstance(x, Look) else self.operation.static(x)
 
-    def masked(self, x: Any, given: Tensor | Outcome | None = None) -> Any:
+    def masked(self, x: Any, given: Tensor | Outcome | None = None, visit: int | None = None) -> Any:
         """The same as gathered: other numbers cost the same."""
-        return self.gathered(x, given=given)
+        return self.gathered(x, given=given, visit=visit)
 
-    def gathered(self, x: Any, given: Tensor | Outcome | None = None) -> Any:
+    def gathered(self, x: Any, given: Tensor | Outcome | None = None, visit: int | None = None) -> Any:
         """Decide, then run by the numbers."""
         look = x if isinstance(x, Look) else Look(x, x)
-        decision = self.site(look.seen, given=given, carry=look.carry, shape=self.operation.shape(look.image))
+        shape = None if self.maps is None else (self.maps, *look.image.shape[2:])
+        decision = self.site(look.seen, given=given, carry=look.carry, visit=visit, shape=shape)
         y = self.operation(look.image, decision.value)
         return Carried(y, decision.carry) if isinstance(x, Look) else y
 
@@ -218,14 +221,11 @@ class Filtered(Operation):
     def __init__(self, kernel: int) -> None:
         super().__init__()
         self.kernel = kernel
+        self.maps = kernel**2
 
     def extra_repr(self) -> str:
         """The side."""
         return str(self.kernel)
-
-    def shape(self, x: Tensor) -> tuple[int, ...]:
-        """One filter for each position."""
-        return (self.kernel**2, *x.shape[2:])
 
     def forward(self, x: Tensor, value: Tensor) -> Tensor:
         """Filtered by each position's taps."""
@@ -233,7 +233,7 @@ class Filtered(Operation):
 
     def static(self, x: Tensor) -> Tensor:
         """Summed neighbourhoods."""
-        return self(x, x.new_ones(()).expand(x.shape[0], *self.shape(x)))
+        return self(x, x.new_ones(()).expand(x.shape[0], self.kernel**2, *x.shape[2:]))
 
 
 class Scaled(Operation):
@@ -272,13 +272,11 @@ class Scaled(Operation):
 class ScaledPlaces(Scaled):
     """A network's features times a weight of each position, (R, 1, H, W); the network keeps the map's size.
 
-    >>> ScaledPlaces().shape(torch.zeros(2, 3, 4, 5))
-    (1, 4, 5)
+    >>> ScaledPlaces()(torch.ones(1, 2, 1, 2), torch.tensor([0.5, 2.0]).reshape(1, 1, 1, 2)).flatten()
+    tensor([0.5000, 2.0000, 0.5000, 2.0000])
     """
 
-    def shape(self, x: Tensor) -> tuple[int, ...]:
-        """One weight for each position."""
-        return (1, *x.shape[2:])
+    maps = 1
 
 
 class DynamicReLU(Operation):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.core.site import Score
+from pliant.functional.gradient import scale_gradient
 from pliant.scores.confidence import Pooled
 
 
@@ -79,6 +81,7 @@ class SideConv(Score):
         conv: the convolution that it stands beside.
         outputs: :math:`K`.
         start: :math:`a`.
+        pace: factor of its parameters' gradient; with SGD it's that of their learning rate (0.1 in the paper).
 
     >>> SideConv(nn.Conv2d(4, 8, 3, stride=2, padding=1), 18, start=1.0)(torch.zeros(3, 4, 8, 8)).mean()
     tensor(1., grad_fn=<MeanBackward0>)
@@ -87,21 +90,24 @@ class SideConv(Score):
         Survey section 2.2.1 (2); Zhu et al., Deformable ConvNets v2, CVPR 2019.
     """
 
-    def __init__(self, conv: nn.Conv2d, outputs: int, *, start: float = 0.0) -> None:
+    def __init__(self, conv: nn.Conv2d, outputs: int, *, start: float = 0.0, pace: float = 1.0) -> None:
         super().__init__()
-        self.start = start
+        self.start, self.pace = start, pace
         size, stride, padding, dilation = conv.kernel_size, conv.stride, conv.padding, conv.dilation
         self.conv = nn.Conv2d(conv.in_channels, outputs, size, stride, padding, dilation)  # pyright: ignore[reportArgumentType]
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)  # pyright: ignore[reportArgumentType]
 
     def extra_repr(self) -> str:
-        """The constant."""
-        return f"start={self.start}"
+        """The constant and the pace."""
+        return f"start={self.start}, pace={self.pace}"
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores of features ``x``."""
-        return self.start + self.conv(x)
+        conv, bias = self.conv, self.conv.bias
+        weight = scale_gradient(conv.weight, self.pace)
+        bias = None if bias is None else scale_gradient(bias, self.pace)
+        return self.start + F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
 
 
 class HyperCell(Score):

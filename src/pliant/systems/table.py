@@ -33,6 +33,12 @@ BUILDERS: dict[str, str] = {
     "supernet_routing": "pliant.systems.routing.supernet_routing:supernet_routing",
     "dynamic_routing_seg": "pliant.systems.routing.dynamic_routing_seg:dynamic_routing_seg",
     "tel": "pliant.systems.routing.tel:tel",
+    "condconv": "pliant.systems.parameters.condconv:condconv",
+    "deform_conv_v2": "pliant.systems.parameters.deform_conv_v2:deform_conv_v2",
+    "dfn": "pliant.systems.parameters.dfn:dfn",
+    "hypernetworks": "pliant.systems.parameters.hypernetworks:hypernetworks",
+    "senet": "pliant.systems.parameters.senet:senet",
+    "dy_relu": "pliant.systems.parameters.dy_relu:dy_relu",
 }
 PARTS: dict[str, str] = {
     "conf_max_softmax": "pliant.scores.MaxProbability",
@@ -67,6 +73,7 @@ PARTS: dict[str, str] = {
     "gumbel_softmax": "pliant.estimators.Gumbel",
     "binary_concrete": "pliant.estimators.BinaryConcrete",
     "improved_semhash": "pliant.estimators.SemHash",
+    "sgd_dynamic_parameters": "pliant.execute.MixedConv2d",
 }
 """Rows of section 5 that are parts: what they are called here. Each is built on the network of systems/training.py."""
 

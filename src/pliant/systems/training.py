@@ -12,7 +12,7 @@ from pliant.core.bind import bind, sites
 from pliant.core.site import Score, Site
 from pliant.execute import Chain, Halting, Planned, Residual, collaborative, equilibrium
 from pliant.execute.heads import PooledClassifier
-from pliant.rules import Always, ReluTanh, Threshold
+from pliant.rules import Always, ReluTanh, Softmax, Threshold
 from pliant.rules import Halting as HaltingRule
 from pliant.scores import (
     Entropy,
@@ -29,6 +29,7 @@ from pliant.scores import (
 from pliant.systems.backbones import BasicBlock, conv_norm, resnet
 from pliant.systems.depth.convnet_aig import convnet_aig
 from pliant.systems.depth.msdnet import msdnet
+from pliant.systems.parameters.condconv import condconv
 from pliant.systems.routing.supernet_routing import supernet_routing
 
 Build = Callable[..., nn.Module]
@@ -127,3 +128,11 @@ ste = _gates(lambda: estimators.StraightThrough(Threshold(0.0)))
 ste_slope_annealing = _gates(lambda: estimators.StraightThrough(Threshold(0.0), surrogate=estimators.HardSigmoid(1.0)))
 reinforce = rl_compute_reward = rl_hybrid_supervised = _gates(lambda: estimators.ScoreFunction(Threshold(0.0)))
 improved_semhash = _gates(lambda: estimators.SemHash(Threshold(0.0)))
+
+
+def sgd_dynamic_parameters(
+    num_classes: int = 10, in_chans: int = 3, *, widths: Sequence[int] = (16, 24, 40), depth: int = 2, experts: int = 8
+) -> nn.Module:
+    """A small CondConv under softmax weights whose temperature, 30 at the start, training anneals ("*.temperature")."""
+    net = condconv(num_classes, in_chans, widths=widths, depth=depth, experts=experts)
+    return bind(net, {"*": Softmax(30.0)})
