@@ -87,7 +87,8 @@ def run(lab: Lab) -> list[Claim]:
               list(off.values()), ", ".join(off)),
         Claim("flag task: dual ascent on the price hits three mean costs without retuning (share of dense FLOPs)", said,
               "within 5 % of the target", max(miss) <= 0.05, miss, f"mean over the last quarter of {STEPS:,} steps, with an entropy bonus of 0.1."
-              " Tried: no bonus, rate 0.02, 3,000 steps, targets 30, 45 and 60 %: 6.7 and 30.3, 53.5 and 53.5, 54.1 and 53.9 %; a bonus of 0.05 and rate 0.05: 30.2 and 6.6, 30.0"
+              " Tried: no bonus, rate 0.02,"
+              " 3,000 steps, targets 30, 45 and 60 %: 6.7 and 30.3, 53.5 and 53.5, 54.1 and 53.9 %; a bonus of 0.05 and rate 0.05: 30.2 and 6.6, 30.0"
               " and 30.1, 39.6 and 39.9 %; a sure policy draws nothing that a price could move, and at price 0 the task itself asks for 54 %, so"
               " nothing above can be hit"),
     ]  # fmt: skip
