@@ -112,7 +112,7 @@ def test_given_refuses_a_looped_site() -> None:
     assert [d.visit for d in trace["0.site"]] == [0, 1]
     assert int(trace.flops.sum()) > 0
     with pytest.raises(PliantError, match=r"at site '0.site': got a trace with 2 visits"):
-        pliant.bind(model, {"*": rules.Given(trace)})
+        pliant.bind(model, {"*": rules.Given(trace)})(torch.randn(2, WIDTH))
 
 
 def test_given_saves_where_nobody_came() -> None:
