@@ -178,7 +178,7 @@ def _chosen(trace: Trace, table: Prices, decision: Decision, choices: dict[str, 
     """What the alternatives of one decision cost on average."""
     v = _whole(decision, trace.batch).double()
     total: Tensor | float = 0.0
-    for key in (*choices.get("1", ()), *choices.get("0", ())):
+    for key in (key for choice, keys in choices.items() if choice != "score" for key in keys):
         part = table.part(key)
         if decision.value.ndim > 1:  # the value is a choice among units, which the executor has added up
             total = total + part.own / part.of * _wanted(trace, key, part.of) + _inside(trace, table, part)

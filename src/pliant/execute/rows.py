@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -164,31 +164,51 @@ def run_either(site: Site, decision: Decision, runs: tuple[Callable[..., Rows], 
     if decision.is_weight:
         off, on = (run_masked(site, decision, choice, run, x) for choice, run in enumerate(runs))
         return mix(decision, on, off)
-    if torch.compiler.is_exporting():
-        other = replace(decision, value=1 - decision.value)
-        off = _run_exported(site, other, 0, runs[0], (x,), _first_only, lambda: None)
-        on = _run_exported(site, decision, 1, runs[1], (x,), _first_only, lambda: None)
-        indexes = (_chosen(other), _chosen(decision))
-
-        def whole(a: Any, b: Any) -> Any:  # copied into place, so that its rows are seen to be as many as the input's
-            if not isinstance(a, Tensor):
-                return a
-            base = a.new_zeros((decision.value.shape[0], *a.shape[1:]))
-            return base.index_copy(0, indexes[0], a).index_copy(0, indexes[1], b)
-
-        return pytree.tree_map(whole, off, on)
     value = decision.value.detach()
-    indexes = ((value == 0).nonzero().squeeze(1), value.nonzero().squeeze(1))
+    return run_each(site, decision, (value == 0, value != 0), runs, x)
+
+
+def run_each(
+    site: Site, decision: Decision, chosen: Sequence[Tensor], runs: Sequence[Callable[..., Rows]], x: Rows, *,
+    wanted: Sequence[Tensor | None] | None = None,
+) -> Rows:  # fmt: skip
+    """Run alternative ``k`` on the rows of the mask ``chosen[k]``; the results come back in the order of the batch.
+
+    Every row chose exactly one. ``wanted`` is what each alternative's expected cost differentiates, row by row.
+    """
+    if torch.compiler.is_exporting():
+        return _each_exported(site, decision, chosen, runs, x)
+    rows, wants = chosen[0].shape[0], wanted or [None] * len(runs)
+    indexes = [mask.nonzero().squeeze(1) for mask in chosen]
     for choice, index in enumerate(indexes):
-        if index.shape[0] == value.shape[0]:
-            with tape.part(site, decision.visit, str(choice)):
+        if index.shape[0] == rows:
+            with tape.part(site, decision.visit, str(choice), wanted=wants[choice]):
                 return runs[choice](x)
     parts: list[Rows] = []
     for choice, index in enumerate(indexes):
-        with tape.part(site, decision.visit, str(choice), index=index):
-            parts.append(runs[choice](select(x, index)))
+        if index.shape[0]:
+            want = wants[choice]
+            want = None if want is None else want.index_select(0, index)
+            with tape.part(site, decision.visit, str(choice), index=index, wanted=want):
+                parts.append(runs[choice](select(x, index)))
     order = torch.cat(indexes).argsort()
-    return pytree.tree_map(lambda a, b: torch.cat([a, b]).index_select(0, order), *parts)
+    return pytree.tree_map(
+        lambda *each: torch.cat(each).index_select(0, order) if isinstance(each[0], Tensor) else each[0], *parts
+    )
+
+
+def _each_exported(
+    site: Site, decision: Decision, chosen: Sequence[Tensor], runs: Sequence[Callable[..., Rows]], x: Rows
+) -> Rows:
+    """The same without a Python branch: each result is copied into place, so that its rows are seen to be the input's."""
+    whole: Rows = None
+    rows = chosen[0].shape[0]
+    for choice, (mask, run) in enumerate(zip(chosen, runs, strict=True)):
+        here = replace(decision, value=mask.to(torch.float32))
+        part, index = _run_exported(site, here, choice, run, (x,), _first_only, lambda: None), _chosen(here)
+        base = whole if choice else _each(part, lambda t: t.new_zeros((rows, *t.shape[1:])))
+        whole = scatter(base, index, part)
+    return whole
 
 
 def _first_only(_into: None, _index: Tensor, part: Rows, _decision: Decision) -> Rows:
