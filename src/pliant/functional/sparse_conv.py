@@ -138,15 +138,29 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tensor([[4.],
             [4.]])
     """
-    fast = (
+    whole = _whole(rows.shape[0]) if _fits(rows, weight) else 0
+    if _product is None or whole == 0:
+        return F.linear(rows, weight, bias)
+    first = _product(rows[:whole], weight, bias, "none", [], "")
+    return first if whole == rows.shape[0] else torch.cat([first, F.linear(rows[whole:], weight, bias)])
+
+
+def _fits(rows: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's product can serve and is worth it: no gradient, float32 on a processor, enough work."""
+    return (
         not torch.compiler.is_compiling() and type(rows) is Tensor and rows.device.type == "cpu"
-        and rows.dtype == weight.dtype == torch.float32 and rows.shape[0] > 0 and torch.backends.mkldnn.is_available()
+        and rows.dtype == weight.dtype == torch.float32 and weight.numel() >= 4096 and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad))
     )  # fmt: skip
-    return (
-        F.linear(rows, weight, bias) if _product is None or not fast else _product(rows, weight, bias, "none", [], "")
-    )
+
+
+def _whole(count: int) -> int:
+    """The most of ``count`` rows whose number isn't new: oneDNN compiles a kernel for each one, half a millisecond long.
+
+    Sixteen sizes in each doubling; what is left over is few.
+    """
+    return 0 if count < 256 else count - count % max(64, 2 ** (count.bit_length() - 5))
 
 
 def convolve(
@@ -213,6 +227,17 @@ def _grouped(near: Tensor, weight: Tensor, bias: Tensor | None, groups: int, cou
         near = torch.cat([near, near.new_zeros((window, near.shape[1]))])
     elif count == 0:
         return near.new_zeros((0, weight.shape[0]))
-    line = near.reshape(1, 1, -1, near.shape[1]).permute(0, 3, 1, 2)
-    y = F.conv2d(line, weight.reshape(*weight.shape[:2], 1, -1), bias, stride=(1, window), groups=groups)
-    return y.squeeze((0, 2)).t().narrow(0, 0, count)
+    kernel = weight.reshape(*weight.shape[:2], 1, -1)
+
+    def row(near: Tensor) -> Tensor:
+        line = near.reshape(1, 1, -1, near.shape[1]).permute(0, 3, 1, 2)
+        return F.conv2d(line, kernel, bias, stride=(1, window), groups=groups).squeeze((0, 2)).t()
+
+    if torch.compiler.is_exporting() or torch.is_grad_enabled():
+        return row(near).narrow(0, 0, count)
+    sizes, left = [], count
+    while left:  # few sizes again: a multiple as above, then powers of two
+        sizes.append(_whole(left) or 2 ** (left.bit_length() - 1))
+        left -= sizes[-1]
+    parts = [row(part) for part in near.split([size * window for size in sizes])]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
