@@ -56,6 +56,9 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }  # fmt: skip
 """From the id of a system to the arguments of a small one and the shape of its input."""
 
+WORDS: dict[str, int] = {}
+"""Of the systems that read words: the size of the vocabulary. 0 is padding, and ends some of the texts."""
+
 SYSTEMS = list({builder(id): id for id in reversed(pliant.list_models())}.values())[::-1]
 """Every system once: several rows of section 5 are parts that are shown on the same network."""
 
@@ -65,9 +68,23 @@ def ready(id: str) -> tuple[nn.Module, Tensor]:
     kwargs, shape = SMALL[id]
     torch.manual_seed(0)
     model = pliant.create_model(id, num_classes=4, **kwargs)
-    x = torch.randn(shape)
+    x = texts(shape, WORDS[id]) if id in WORDS else torch.randn(shape)
     settle(model, x)
     return model.eval(), x
+
+
+def texts(shape: tuple[int, ...], words: int) -> Tensor:
+    """Word numbers, the second half of every other text padded."""
+    x = torch.randint(1, words, shape)
+    x[1::2, shape[1] // 2 :] = 0
+    return x
+
+
+def fresh(x: Tensor) -> Tensor:
+    """More inputs like these, of varied strength."""
+    if not x.is_floating_point():
+        return x.roll(1, 0)
+    return torch.randn_like(x) * torch.rand(len(x), *[1] * (x.ndim - 1)).add(0.5)
 
 
 @torch.no_grad()
@@ -81,7 +98,7 @@ def settle(model: nn.Module, x: Tensor) -> None:
             conv.weight.normal_(std=0.1)
     model.train()
     for _ in range(5):
-        model(torch.randn_like(x) * torch.rand(len(x), *[1] * (x.ndim - 1)).add(0.5))
+        model(fresh(x))
     model.eval()
     for path, site in pliant.sites(model).items():  # in order: what earlier sites decide changes what later ones see
         rule = getattr(site.rule, "rule", site.rule)

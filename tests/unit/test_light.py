@@ -14,8 +14,9 @@ import contract
 for id in {ids}:
     kwargs, shape = contract.SMALL[id]
     model = pliant.create_model(id, num_classes=4, **kwargs).eval()
-    y, trace = pliant.record(model)(torch.randn(shape)[:2])
-    assert y.shape[:2] == (2, 4), id  # segmentation nets answer (2, 4, H, W)
+    x = contract.texts(shape, contract.WORDS[id]) if id in contract.WORDS else torch.randn(shape)
+    y, trace = pliant.record(model)(x[:2])
+    assert y.shape[:2] == (2, 4), id  # segmentation nets answer (2, 4, H, W), language models (2, 4, T)
     assert trace.flops.sum() > 0, id
 print("light")
 """
