@@ -37,6 +37,7 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "senet": ({"depth": 8, "widths": (4, 8, 8), "reduction": 2}, (6, 3, 12, 12)),
     "dy_relu": ({"widths": (4, 8), "depth": 1, "form": "place"}, (6, 3, 12, 12)),
     "sgd_dynamic_parameters": ({"widths": (4, 8, 8), "depth": 1, "experts": 3}, (6, 3, 12, 12)),
+    "fbs": ({"layers": ((8, 1), (8, 2), (12, 1))}, (6, 3, 12, 12)),
     "tel": ({"in_chans": 1, "trees": 3, "depth": 3, "width": 0.02, "widths": (4,)}, (6, 1, 12, 12)),
     "halting_score": ({"units": 3, "channels": 8, "bias": -0.5}, (6, 3, 16, 16)),
     **dict.fromkeys(

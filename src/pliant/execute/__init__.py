@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pliant.execute.chain import Chain, Forget, Remember
+from pliant.execute.channels import Channels, Chosen, Unpacked
 from pliant.execute.collaboration import InlineHead, collaborative
 from pliant.execute.deformed import Deformed
 from pliant.execute.equilibrium import equilibrium, scale_all, scale_last
@@ -39,6 +40,8 @@ __all__ = [
     "Branch",
     "Carried",
     "Chain",
+    "Channels",
+    "Chosen",
     "Deformed",
     "DynamicReLU",
     "Exits",
@@ -74,6 +77,7 @@ __all__ = [
     "Steps",
     "ThinPlate",
     "Trees",
+    "Unpacked",
     "Warp",
     "Window",
     "collaborative",

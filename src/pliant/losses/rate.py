@@ -48,6 +48,11 @@ def soft(decision: Decision) -> Tensor:
     return decision.value if decision.soft is None else decision.soft
 
 
+def scored(decision: Decision) -> Tensor:
+    """What the decision was taken from, such as saliencies; the values where nothing was asked."""
+    return decision.value if decision.scores is None else decision.scores
+
+
 def _matching(trace: Trace, patterns: Mapping[str, Target]) -> dict[str, Target]:
     """Each recorded site's target: that of the first pattern that it matches, if any."""
     found = {
@@ -171,7 +176,7 @@ class GateL1:
 
     Args:
         sites: pattern on the paths of the sites that count.
-        of: which values: :func:`soft` or :func:`hard`.
+        of: which values: :func:`soft`, :func:`hard` or :func:`scored`.
 
     Raises:
         PliantError: where no recorded site matches.

@@ -6,7 +6,7 @@ from pliant.scores.confidence import Entropy, Margin, MaxProbability, Patience, 
 from pliant.scores.gates import LinearGate, MLPGate
 from pliant.scores.guard import Guarded, LogitDistance
 from pliant.scores.halting import HaltingHead, Remainder
-from pliant.scores.modulation import Excitation, HyperCell, PooledLinear, SideConv
+from pliant.scores.modulation import Excitation, HyperCell, PooledLinear, Saliency, SideConv
 from pliant.scores.place import PlacePolicy
 from pliant.scores.policy import Policy, Shrink
 from pliant.scores.recurrent import GateMemory, RecurrentGate
@@ -17,5 +17,5 @@ __all__ = [
     "ConvGate", "Entropy", "Excitation", "GateMemory", "Guarded", "HaltingHead", "HyperCell", "KernelPredictor", "LinearGate", "LogitDistance",
     "MLPGate", "Margin",
     "MaskHead", "MaxProbability", "Patience", "PlacePolicy", "PointUncertainty", "Policy", "Pooled", "PooledLinear",
-    "RecurrentGate", "Remainder", "RouteGate", "Shrink", "SideConv", "SqueezeMaskHead",
+    "RecurrentGate", "Remainder", "RouteGate", "Saliency", "Shrink", "SideConv", "SqueezeMaskHead",
 ]  # fmt: skip

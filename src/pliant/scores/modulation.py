@@ -71,6 +71,34 @@ class Excitation(Score):
         return self.excite(self.squeeze(self.pool(x)).relu()).unflatten(1, self.shape)
 
 
+class Saliency(Score):
+    r"""How much each output channel of a convolution is worth: :math:`g = \mathrm{relu}(W\,\mathrm{mean}_{hw}|x| + 1)` at first.
+
+    Shape:
+        features :math:`(R, I, ...)`; scores :math:`(R, O)`, none below 0.
+
+    Args:
+        inputs: :math:`I`.
+        outputs: :math:`O`.
+
+    >>> Saliency(4, 8)(torch.zeros(3, 4, 5, 5)).unique()
+    tensor([1.], grad_fn=<Unique2Backward0>)
+
+    References:
+        Survey section 2.1.2 (3b); Gao et al., Dynamic Channel Pruning, ICLR 2019.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.ones_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Saliencies by features ``x``."""
+        return self.linear(x.abs().flatten(2).mean(2)).relu()
+
+
 class SideConv(Score):
     r"""A convolution beside another one, of the same geometry, that starts at a constant: :math:`s = a + V * x`, :math:`V = 0`.
 

@@ -39,6 +39,7 @@ BUILDERS: dict[str, str] = {
     "hypernetworks": "pliant.systems.parameters.hypernetworks:hypernetworks",
     "senet": "pliant.systems.parameters.senet:senet",
     "dy_relu": "pliant.systems.parameters.dy_relu:dy_relu",
+    "fbs": "pliant.systems.width.fbs:fbs",
 }
 PARTS: dict[str, str] = {
     "conf_max_softmax": "pliant.scores.MaxProbability",
