@@ -16,6 +16,7 @@ from pliant.core import tape
 from pliant.core.bind import bind, clean, executors, share, sites
 from pliant.core.errors import PliantError
 from pliant.core.site import Rule
+from pliant.cost import formulas as formulas  # registers them: prices need them
 from pliant.rules.fixed import Always
 from pliant.rules.threshold import Threshold
 

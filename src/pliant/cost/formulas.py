@@ -1,0 +1,36 @@
+"""Formulas for operators that PyTorch's counter reads as free: the fused recurrent layer.
+
+On a CPU ``nn.LSTM`` in float32, bfloat16 or float16 runs as ``mkldnn_rnn_layer``, one call for each layer and direction, in
+training as in evaluation. Every other recurrent layer there (``nn.GRU``, ``nn.RNN``, the cells, packed sequences, float64,
+projections) is made of matrix products, which the counter knows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+_layer: Any = torch.ops.aten.mkldnn_rnn_layer
+_backward: Any = torch.ops.aten.mkldnn_rnn_layer_backward
+
+
+def _products(steps: Any, inputs: Any, states: Any) -> int:
+    """Of input and state with their weights, (4H, I) and (4H, H), at every step of every row: 2 FLOPs a multiply-add."""
+    return 2 * steps[0] * steps[1] * (inputs[0] * inputs[1] + states[0] * states[1])
+
+
+if _layer not in flop_registry:
+
+    @register_flop_formula(_layer)
+    def _forward_flops(x: Any, inputs: Any, states: Any, *_: Any, **__: Any) -> int:
+        return _products(x, inputs, states)
+
+
+if _backward not in flop_registry:
+
+    @register_flop_formula(_backward)
+    def _backward_flops(x: Any, inputs: Any, states: Any, *_: Any, **__: Any) -> int:
+        """Twice as many: each product has the gradients of both its factors."""
+        return 2 * _products(x, inputs, states)
