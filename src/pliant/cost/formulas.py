@@ -1,4 +1,6 @@
-"""Formulas for operators that PyTorch's counter reads as free: the fused recurrent layer.
+"""Formulas for operators that PyTorch's counter reads as free: oneDNN's products and convolutions, the fused recurrent layer.
+
+Executors and folded networks call oneDNN's directly where it's faster than what PyTorch would choose.
 
 On a CPU ``nn.LSTM`` in float32, bfloat16 or float16 runs as ``mkldnn_rnn_layer``, one call for each layer and direction, in
 training as in evaluation. Every other recurrent layer there (``nn.GRU``, ``nn.RNN``, the cells, packed sequences, float64,
@@ -10,8 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
+_product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_convolutions: tuple[Any, ...] = (
+    torch.ops.aten.mkldnn_convolution, getattr(torch.ops.mkldnn, "_convolution_pointwise", None),
+)  # fmt: skip
 _layer: Any = torch.ops.aten.mkldnn_rnn_layer
 _backward: Any = torch.ops.aten.mkldnn_rnn_layer_backward
 
@@ -19,6 +25,21 @@ _backward: Any = torch.ops.aten.mkldnn_rnn_layer_backward
 def _products(steps: Any, inputs: Any, states: Any) -> int:
     """Of input and state with their weights, (4H, I) and (4H, H), at every step of every row: 2 FLOPs a multiply-add."""
     return 2 * steps[0] * steps[1] * (inputs[0] * inputs[1] + states[0] * states[1])
+
+
+if _product is not None and _product not in flop_registry:
+
+    @register_flop_formula(_product)
+    def _product_flops(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
+        return 2 * rows[0] * weight[0] * weight[1]
+
+
+for _op in _convolutions:
+    if _op is not None and _op not in flop_registry:
+
+        @register_flop_formula(_op)
+        def _conv_flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+            return conv_flop_count(x, weight, out_shape, transposed=False)
 
 
 if _layer not in flop_registry:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
 from pliant.core.bind import bind, executors, named, sites
 from pliant.core.errors import PliantError
@@ -26,13 +25,6 @@ _SMALL = 2**15  # weights below which one row alone is faster without oneDNN, me
 _direct: Any = torch.ops.aten.mkldnn_convolution
 _packed: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 _pack: Any = getattr(torch.ops.mkldnn, "_reorder_convolution_weight", None)
-
-for _op in (_direct, _packed):  # the counter knows every other way to convolve
-    if _op is not None and _op not in flop_registry:
-
-        @register_flop_formula(_op)
-        def _flops(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-            return conv_flop_count(x, weight, out_shape, transposed=False)
 
 
 class _Packed:

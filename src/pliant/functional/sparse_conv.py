@@ -11,16 +11,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # oneDNN's matrix product; on processors that aren't Intel's more than twice as fast as the one behind F.linear.
 _product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-
-if _product is not None and _product not in flop_registry:
-
-    @register_flop_formula(_product)
-    def _flops(rows: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return 2 * rows[0] * weight[0] * weight[1]
 
 
 class Places(NamedTuple):
