@@ -54,7 +54,7 @@ def lowered(lab: Lab, what: str, model: nn.Module, data: Dataset, bound, seed: i
 def kept(model: nn.Module, data: Dataset):
     """From a model and a density to the model with its channels of the highest mean saliency."""
     _, trace = pliant.record(model)(data.train.x[:1000])
-    means = {site: visits[0].scores.mean(0) for site, visits in trace.items()}
+    means = {site: trace[site][0].scores.mean(0) for site in trace}
 
     def bound(model: nn.Module, density: float) -> nn.Module:
         masks = {site: Density(density)(mean[None]).value for site, mean in means.items()}
@@ -87,7 +87,7 @@ def run(lab: Lab) -> list[Claim | Table]:
         with torch.no_grad():
             traces = [pliant.record(m)(x)[1] for m in (model, other)]
             share.append(float(traces[0].flops.sum() / traces[0].dense_flops.sum()))
-            values = torch.cat([visits[0].value for visits in traces[0].values()], 1)
+            values = torch.cat([traces[0][site][0].value for site in traces[0]], 1)
             shared.append(float(values.mean(0).sub(0.5).abs().lt(0.49).float().mean()))
     lost = [a - b for a, b in zip(dense, half, strict=True)]
     gained = [a - b for a, b in zip(half, static, strict=True)]
@@ -120,7 +120,7 @@ def run(lab: Lab) -> list[Claim | Table]:
             "with saliencies and decisions in it; the dense layer has the same boosts and all channels on",
         ),
         Table(
-            "Six layers in a row, the first of which reads all: time as a share of the dense ones's",
+            "Six layers in a row, the first of which reads all: time as a share of the dense ones'",
             ("channels", "side", "density", "batch", "share"), table,
         ),
     ]  # fmt: skip
