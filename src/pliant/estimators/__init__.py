@@ -17,7 +17,7 @@ from pliant.estimators.schedules import Decay, Ramp
 from pliant.estimators.score_function import EpsilonGreedy, EpsilonGreedyOneHot, ScoreFunction
 from pliant.estimators.semantic_hashing import SemHash
 from pliant.estimators.straight_through import StochasticStraightThrough, StraightThrough
-from pliant.estimators.surrogates import Clipped, Copy, HardSigmoid, Sigmoid, Surrogate
+from pliant.estimators.surrogates import Clipped, Copy, HardSigmoid, Rounding, Sigmoid, Surrogate
 
 __all__ = [
     "BinaryConcrete",
@@ -35,6 +35,7 @@ __all__ = [
     "HardConcrete",
     "HardSigmoid",
     "Ramp",
+    "Rounding",
     "ScoreFunction",
     "SemHash",
     "Sigmoid",

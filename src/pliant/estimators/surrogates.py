@@ -106,3 +106,27 @@ class HardSigmoid(Surrogate):
         """Of the value ``hard``."""
         probability = self(logit)
         return torch.where(hard > 0, probability, 1 - probability).log()
+
+
+class Rounding(Surrogate):
+    r""":math:`a + 1/2`, of a score that is a probability itself with its threshold at one half: the gradient of rounding is copied.
+
+    >>> Rounding().probability(torch.tensor([-0.5, 0.2]))
+    tensor([0.0000, 0.7000])
+
+    References:
+        Survey section 5.2.2 (1); Campos et al., Skip RNN, ICLR 2018.
+    """
+
+    def forward(self, logit: Tensor) -> Tensor:
+        """The probability that was scored."""
+        return logit + 0.5
+
+    def probability(self, logit: Tensor) -> Tensor:
+        """The same, within [0, 1] where the threshold isn't one half."""
+        return self(logit).clamp(0, 1)
+
+    def log_probability(self, logit: Tensor, hard: Tensor) -> Tensor:
+        """Of the value ``hard``."""
+        probability = self.probability(logit)
+        return torch.where(hard > 0, probability, 1 - probability).log()

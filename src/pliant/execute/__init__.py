@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pliant.execute.cells import Cell, Encoded, GRUStep, LSTMStep, Pressed, SmallLSTM
 from pliant.execute.chain import Chain, Forget, Remember
 from pliant.execute.channels import Channels, Chosen, Unpacked
 from pliant.execute.collaboration import InlineHead, collaborative
@@ -30,6 +31,7 @@ from pliant.execute.reassembly import Reassemble
 from pliant.execute.regions import Affine, Attention, Look, Projective, Region, ThinPlate, Warp, Window
 from pliant.execute.routes import Node, Routes
 from pliant.execute.skip import Carried, Residual, Skip
+from pliant.execute.steps import Hold, Partial, Recurrent
 from pliant.execute.trees import Trees
 
 __all__ = [
@@ -39,32 +41,40 @@ __all__ = [
     "Attention",
     "Branch",
     "Carried",
+    "Cell",
     "Chain",
     "Channels",
     "Chosen",
     "Deformed",
     "DynamicReLU",
+    "Encoded",
     "Exits",
     "Filtered",
     "Forget",
+    "GRUStep",
     "GeneratedConv2d",
     "GrownConv2d",
     "Halted",
     "Halting",
     "HaltingMap",
     "HaltingPixels",
+    "Hold",
     "InlineHead",
     "KernelGenerator",
+    "LSTMStep",
     "Linked",
     "MixedConv2d",
     "Look",
     "MostConfident",
     "Node",
     "Operation",
+    "Partial",
     "Pixels",
     "Planned",
+    "Pressed",
     "Projective",
     "Reassemble",
+    "Recurrent",
     "Refine",
     "Region",
     "Remember",
@@ -74,6 +84,7 @@ __all__ = [
     "ScaledLSTM",
     "ScaledPlaces",
     "Skip",
+    "SmallLSTM",
     "Steps",
     "ThinPlate",
     "Trees",

@@ -1,0 +1,165 @@
+"""Steps of recurrent networks that are held or taken by halves: a decision for each row at each step."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant.core import tape
+from pliant.core.decision import Decision
+from pliant.core.executor import Executor
+from pliant.core.site import Site
+from pliant.execute import rows
+from pliant.execute.cells import Cell, State
+
+
+class Recurrent(Executor):
+    """A cell over a sequence, of which a site decides at every step whether a row runs it.
+
+    The site sees the input of the step and the state before it, ``(x_t, state)``, and is visited once a step. A step that is
+    not ``there`` (padding) leaves the state as it was, whatever was decided.
+    """
+
+    def __init__(self, cell: Cell, site: Site) -> None:
+        super().__init__()
+        self.cell = cell
+        self.site = site
+
+    def plain(self, x: Tensor, there: Tensor | None = None) -> Tensor:
+        """The cell at every step."""
+        state = self.cell.start(x.shape[0])
+        for t in range(x.shape[1]):
+            state = _only(there, t, self.cell(x[:, t], state), state)
+        return state[0]
+
+    def masked(self, x: Tensor, there: Tensor | None = None, given: Tensor | None = None) -> Tensor:
+        """Cell and alternative for every row, mixed by the value."""
+        state = self.cell.start(x.shape[0])
+        for t in range(x.shape[1]):
+            decision = self._decide(x, state, given, t)
+            on = rows.run_masked(self.site, decision, 1, self.cell, x[:, t], state)
+            new = rows.mix(decision, on, self._saved(decision, x[:, t], state))
+            state = _only(there, t, new, state)
+        return state[0]
+
+    def gathered(self, x: Tensor, there: Tensor | None = None, given: Tensor | None = None) -> Tensor:
+        """The cell for the rows that chose it. Steps that all rows are known to hold are jumped over."""
+        state, t = self.cell.start(x.shape[0]), 0
+        while t < x.shape[1]:
+            held = self._held(state, x.shape[1] - t) if given is None and there is None else 0
+            if held:
+                state, t = self.cell.wait(state, held), t + held
+                continue
+            decision = self._decide(x, state, given, t)
+            state, t = _only(there, t, self._step(decision, x[:, t], state), state), t + 1
+        return state[0]
+
+    def _decide(self, x: Tensor, state: State, given: Tensor | None, t: int) -> Decision:
+        return self.site((x[:, t], state), given=None if given is None else given[:, t], visit=t)
+
+    def _held(self, state: State, left: int) -> int:
+        """How many of the next ``left`` steps no row will run, where that is known already."""
+        return 0
+
+    @abstractmethod
+    def _saved(self, decision: Decision, x: Tensor, state: State) -> State:
+        """The state of every row if it saves."""
+
+    @abstractmethod
+    def _step(self, decision: Decision, x: Tensor, state: State) -> State:
+        """The state after a step, each row by what it chose."""
+
+
+class Hold(Recurrent):
+    r"""Update the state of the rows that want it; the others hold theirs, and their input isn't touched.
+
+    .. math:: s_t = u_t\, S(s_{t-1}, x_t) + (1 - u_t)\, s_{t-1}
+
+    Where the scorer can tell the scores of steps to come (it has ``ahead``) and nobody records, steps that no row will run
+    are jumped over in one go: with one row, inference goes from update to update, and inputs in between aren't read at all.
+
+    Shape:
+        ``x`` :math:`(R, T, ...)`; ``there`` :math:`(R, T)` bool; returns the cell's output after the last step; ``given``
+        :math:`(R, T)`.
+
+    Args:
+        cell: :math:`S`. An encoder belongs into it (:class:`pliant.execute.Encoded`), so that held inputs aren't encoded.
+        site: reads ``(x_t, state)``.
+
+    >>> import pliant
+    >>> from pliant.execute import GRUStep
+    >>> rnn = Hold(GRUStep(3, 4), Site(nn.Identity(), pliant.rules.Never())).eval()
+    >>> bool(torch.equal(rnn(torch.ones(2, 5, 3)), rnn.cell.start(2)[0]))
+    True
+
+    References:
+        Survey section 4.1.1 (1); Campos et al., Skip RNN, ICLR 2018.
+    """
+
+    def _held(self, state: State, left: int) -> int:
+        ahead, rule = getattr(self.site.scorer, "ahead", None), self.site.rule
+        threshold = hasattr(rule, "threshold") or hasattr(getattr(rule, "rule", None), "threshold")
+        few = 0 < state[0].shape[0] <= _FEW
+        if ahead is None or not threshold or not few or tape.tape() is not None or torch.compiler.is_compiling():
+            return 0
+        outcome = rule(ahead(state, left))
+        if outcome.log_prob is not None or outcome.weight:  # a draw would be another one when its step has come
+            return 0
+        runs = (outcome.value != 0).any(0).nonzero()
+        return left if runs.shape[0] == 0 else int(runs[0])
+
+    def _saved(self, decision: Decision, x: Tensor, state: State) -> State:
+        return self.cell.wait(state)
+
+    def _step(self, decision: Decision, x: Tensor, state: State) -> State:
+        return rows.run_some(self.site, decision, self.cell, (x, state), rows.replaced, lambda: self.cell.wait(state))
+
+
+_FEW = 4  # among more rows, one nearly always runs
+
+
+class Partial(Recurrent):
+    r"""Run a large cell or a small one that updates only a part of the state.
+
+    .. math:: s_t = u_t\, f(s_{t-1}, x_t) + (1 - u_t)\, [f'(s_{t-1}, x_t); s_{t-1, d'+1:d}]
+
+    Shape:
+        as :class:`Hold`.
+
+    Args:
+        cell: :math:`f`.
+        small: :math:`f'`, a module from input and state to the whole next state.
+        site: reads ``(x_t, state)``.
+
+    >>> import pliant
+    >>> from pliant.execute import LSTMStep, SmallLSTM
+    >>> site = Site(nn.Identity(), pliant.rules.Never())
+    >>> rnn = Partial(LSTMStep(3, 4), SmallLSTM(3, 4, small=1), site).eval()
+    >>> (rnn(torch.ones(2, 5, 3))[0] != 0).tolist()
+    [True, False, False, False]
+
+    References:
+        Survey section 4.1.1 (2); Seo et al., Skim-RNN, ICLR 2018.
+    """
+
+    def __init__(self, cell: Cell, small: nn.Module, site: Site) -> None:
+        super().__init__(cell, site)
+        self.small = small
+
+    def _saved(self, decision: Decision, x: Tensor, state: State) -> State:
+        return rows.run_masked(self.site, decision, 0, self.small, x, state)
+
+    def _step(self, decision: Decision, x: Tensor, state: State) -> State:
+        runs = (lambda s: self.small(*s), lambda s: self.cell(*s))
+        return rows.run_either(self.site, decision, runs, (x, state))
+
+
+def _only(there: Tensor | None, t: int, new: State, old: State) -> Any:
+    """``new`` where step ``t`` is there, else ``old``."""
+    if there is None:
+        return new
+    here = there[:, t]
+    return tuple(torch.where(rows.weigh(here, n), n, o) for n, o in zip(new, old, strict=True))
