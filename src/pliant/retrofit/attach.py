@@ -21,6 +21,7 @@ from pliant.retrofit import probe
 from pliant.retrofit.heads import PooledHead, hidden_of
 from pliant.retrofit.host import HostExits
 from pliant.retrofit.output import output_like, prediction_of
+from pliant.retrofit.refuse import refuse_model
 from pliant.rules.fixed import Given
 from pliant.rules.threshold import Threshold
 from pliant.scores.confidence import MaxProbability
@@ -78,7 +79,8 @@ def exits(
 
     Differs from the papers: heads are attached from outside, so any backbone serves.
     """
-    _refuse_model(model)
+    refuse_model(model, "exits")
+    _refuse_replaced(model)
     at = _checked(model, at)
     if heads is not None and len(heads) != len(at):
         raise PliantError(got=f"{len(heads)} heads", expected=f"one for each of {len(at)} layers", do="pass as many")
@@ -108,31 +110,13 @@ def exits(
     return twin
 
 
-def _refuse_model(model: nn.Module) -> None:
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    if isinstance(model, wrappers):
-        raise PliantError(
-            got=f"a model inside {type(model).__name__}", expected="the model itself", do="attach exits, then wrap"
-        )
-    for _, module in named(model):
-        compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        if compiled or isinstance(module, torch.jit.ScriptModule):
-            raise PliantError(
-                got=f"a compiled {type(module).__name__}",
-                expected="a model in eager mode: hooks added after compilation are ignored",
-                do="attach exits to the model as it was before torch.compile or torch.jit.script",
-            )
+def _refuse_replaced(model: nn.Module) -> None:
     if "forward" in vars(model):
         raise PliantError(
             got="a model whose forward was replaced on the instance",
             expected="the forward of its class",
             do="undo the replacement first (exits are attached once: name all layers in one call)",
         )
-    if hasattr(model, "exits"):
-        raise PliantError(
-            got="a model with an attribute 'exits' of its own", expected="the name to be free",
-            do="wrap the model in a module that holds it under another name",
-        )  # fmt: skip
 
 
 def _checked(model: nn.Module, at: Sequence[str]) -> tuple[str, ...]:

@@ -72,6 +72,9 @@ class Seen:
     ran: list[str] = field(default_factory=list)
     first: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shape of each module's first returned tensor
     sizes: dict[Leaf, int] = field(default_factory=dict)  # first dimension of every tensor handed to or returned by it
+    taken: dict[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # shape of the first floating-point tensor it's handed
     hidden: dict[str, Any] = field(default_factory=dict)
     output: Any = None
 
@@ -93,6 +96,8 @@ def look(model: nn.Module, call: Call, at: Sequence[str]) -> Seen:
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
         if tensors and tensors[0].is_floating_point():
             seen.first[path] = tuple(tensors[0].shape)
+        handed = (t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point())
+        seen.taken[path] = next((tuple(t.shape) for t in handed), ())
         if path in at:
             seen.hidden[path] = output
 
