@@ -127,6 +127,13 @@ class Checkpointed(nn.Module):
         """The module's answer; its activations are computed again on the way back."""
         return checkpoint(self.inner, *args, use_reentrant=self.reentrant, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        """What the module offers beside its forward is still there, as with PyTorch's own wrapper."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["inner"], name)
+
 
 def checkpointed(model: nn.Module, *, reentrant: bool = False) -> Checkpointed:
     """``model`` under activation checkpointing as a whole."""

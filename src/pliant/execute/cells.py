@@ -58,7 +58,7 @@ class LSTMStep(Cell):
     def start(self, rows: int) -> State:
         """Learned, the same for every row."""
         h, c = self.first.unbind(0)
-        return h.expand(rows, -1), c.expand(rows, -1)
+        return h.repeat(rows, 1), c.repeat(rows, 1)
 
     def forward(self, x: Tensor, state: State) -> State:
         """Hidden and cell state after ``x``."""
@@ -91,7 +91,7 @@ class GRUStep(Cell):
 
     def start(self, rows: int) -> State:
         """Learned, the same for every row."""
-        return (self.first.expand(rows, -1),)
+        return (self.first.repeat(rows, 1),)
 
     def forward(self, x: Tensor, state: State) -> State:
         """The hidden state after ``x``."""

@@ -51,6 +51,7 @@ from pliant.losses.rewards import (
     spent,
     used,
 )
+from pliant.losses.saving import Saving
 from pliant.losses.schedule import Scheduled, falling, rising
 from pliant.losses.value import QLearning
 
@@ -60,7 +61,7 @@ __all__ = [
     "Again", "BlockBounds", "BlockDropReward", "Critic", "CrossEntropy", "Dual", "EntropyBonus", "FlopsBudget",
     "Further", "GateL1", "GlobalTargetRate", "Hybrid", "LeaveOneOut", "MarginGain", "MovingAverage", "MultiExit",
     "OneForAll", "PointLoss", "Pointwise", "Ponder", "Priced", "QLearning", "Ranking", "Reinforce", "ResourceAware",
-    "Sandwich", "Scheduled", "SelfCritical", "SkipNetReturns", "StepPenalty", "SubnetworkDistillation", "TargetRate",
+    "Sandwich", "Saving", "Scheduled", "SelfCritical", "SkipNetReturns", "StepPenalty", "SubnetworkDistillation", "TargetRate",
     "TaughtExits", "Term", "Total", "ValueLoss", "above", "bernoulli", "by_cost", "by_depth", "categorical",
     "conflict", "constant", "dense", "everywhere", "falling", "frozen", "greedy", "hard", "itself", "last_exit",
     "learned", "minus_loss", "next_exit", "nothing", "ponder", "previous_exit", "ramped", "returns", "right",

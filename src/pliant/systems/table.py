@@ -40,6 +40,8 @@ BUILDERS: dict[str, str] = {
     "senet": "pliant.systems.parameters.senet:senet",
     "dy_relu": "pliant.systems.parameters.dy_relu:dy_relu",
     "fbs": "pliant.systems.width.fbs:fbs",
+    "skip_rnn": "pliant.systems.temporal.skip_rnn:skip_rnn",
+    "skim_rnn": "pliant.systems.temporal.skim_rnn:skim_rnn",
 }
 PARTS: dict[str, str] = {
     "conf_max_softmax": "pliant.scores.MaxProbability",
