@@ -1,8 +1,9 @@
-"""Make your own model dynamic: exits and gates for any module whose layers pass a batch along."""
+"""Make your own model dynamic: exits, gates and cascades for any module whose layers pass a batch along."""
 
 from __future__ import annotations
 
 from pliant.retrofit.attach import exits
+from pliant.retrofit.cascade import cascade
 from pliant.retrofit.skips import skips
 
-__all__ = ["exits", "skips"]
+__all__ = ["cascade", "exits", "skips"]

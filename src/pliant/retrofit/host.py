@@ -142,7 +142,7 @@ class HostExits(Executor):
         return self._run(True, args, kwargs)
 
     def _run(self, compact: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        _refuse_loss(kwargs)
+        refuse_loss(kwargs)
         mask = kwargs.get("attention_mask")
         if mask is None and self.mask_at is not None and self.mask_at < len(args):
             mask = args[self.mask_at]
@@ -250,7 +250,8 @@ class HostExits(Executor):
         return pytree.tree_unflatten(kept, spec)
 
 
-def _refuse_loss(kwargs: dict[str, Any]) -> None:
+def refuse_loss(kwargs: dict[str, Any]) -> None:
+    """Raise where a call asks the host for its own loss."""
     if kwargs.get("labels") is not None:
         raise PliantError(
             got="a call with labels=",
