@@ -11,6 +11,7 @@ from pliant.execute.equilibrium import equilibrium, scale_all, scale_last
 from pliant.execute.exits import Answer, Exits, MostConfident
 from pliant.execute.halting_pixels import HaltingMap, HaltingPixels
 from pliant.execute.heads import Linked
+from pliant.execute.hierarchy import Hierarchy, Level
 from pliant.execute.hyper import GrownConv2d, KernelGenerator, ScaledLSTM
 from pliant.execute.kernels import (
     Adapted,
@@ -30,6 +31,7 @@ from pliant.execute.points import Refine
 from pliant.execute.reassembly import Reassemble
 from pliant.execute.regions import Affine, Attention, Look, Projective, Region, ThinPlate, Warp, Window
 from pliant.execute.routes import Node, Routes
+from pliant.execute.select import Select
 from pliant.execute.skip import Carried, Residual, Skip
 from pliant.execute.steps import Hold, Partial, Recurrent
 from pliant.execute.trees import Trees
@@ -58,10 +60,12 @@ __all__ = [
     "Halting",
     "HaltingMap",
     "HaltingPixels",
+    "Hierarchy",
     "Hold",
     "InlineHead",
     "KernelGenerator",
     "LSTMStep",
+    "Level",
     "Linked",
     "MixedConv2d",
     "Look",
@@ -83,6 +87,7 @@ __all__ = [
     "Scaled",
     "ScaledLSTM",
     "ScaledPlaces",
+    "Select",
     "Skip",
     "SmallLSTM",
     "Steps",

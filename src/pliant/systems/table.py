@@ -39,9 +39,11 @@ BUILDERS: dict[str, str] = {
     "hypernetworks": "pliant.systems.parameters.hypernetworks:hypernetworks",
     "senet": "pliant.systems.parameters.senet:senet",
     "dy_relu": "pliant.systems.parameters.dy_relu:dy_relu",
+    "scsampler": "pliant.systems.temporal.scsampler:scsampler",
     "fbs": "pliant.systems.width.fbs:fbs",
     "skip_rnn": "pliant.systems.temporal.skip_rnn:skip_rnn",
     "skim_rnn": "pliant.systems.temporal.skim_rnn:skim_rnn",
+    "hm_rnn": "pliant.systems.temporal.hm_rnn:hm_rnn",
 }
 PARTS: dict[str, str] = {
     "conf_max_softmax": "pliant.scores.MaxProbability",
