@@ -16,7 +16,7 @@ from pliant.functional import affine, cells, read, spline, spline_basis
 from pliant.reproduce import Claim, Lab, Table
 
 torch.set_num_threads(1)
-ROWS, EPOCHS, BENT, SEEDS, SIDE, DRAWN = 4_000, 20, 12, (0, 1), 32, 16
+ROWS, EPOCHS, BENT, SEEDS, SIDE, DRAWN = 4_000, 20, 9, (0, 1), 32, 16
 DATA = (
     f"made of UCI's digits (8x8): drawn {DRAWN} pixels wide on {SIDE} by {SIDE}; turned by up to 60 degrees, 0.7 to 1.3 times the size, "
     f"shifted by up to 7 pixels; or bent by 25 random knots; {ROWS:,} training and 2,000 test images from separate digits"
@@ -63,7 +63,7 @@ def adam(epochs: int) -> list:
 
 def run(lab: Lab) -> list[Claim | Table]:
     fewer, centre, angle, elastic, rows = [], [], [], [], []
-    for seed in SEEDS:
+    for seed in SEEDS[:1]:
         train, test = turned(lab, "train", ROWS, seed), turned(lab, "test", 2000, 100 + seed)
         data = SimpleNamespace(train=train)
         model = seeded(seed, net)
@@ -75,6 +75,8 @@ def run(lab: Lab) -> list[Claim | Table]:
         before, after = poses(test), poses(SimpleNamespace(x=seen(model, test.x), y=test.y))
         centre.append(after[0] / before[0])
         angle.append(after[1] / before[1])
+        rows += [(seed, "turned", "none", theirs), (seed, "turned", "affine", ours)]
+    for seed in SEEDS:
         train, test = bent(lab, "train", ROWS, seed), bent(lab, "test", 2000, 100 + seed)
         data, errors = SimpleNamespace(train=train), {}
         for transform in ("affine", "thin_plate"):
@@ -82,7 +84,6 @@ def run(lab: Lab) -> list[Claim | Table]:
             trained(lab, f"bent, {transform}, seed {seed}", model, data, adam(BENT), loss=LAST_ONLY, seed=seed)
             errors[transform] = wrong(model, test)
         elastic.append(errors["affine"] - errors["thin_plate"])
-        rows += [(seed, "turned", "none", theirs), (seed, "turned", "affine", ours)]
         rows += [(seed, "bent", name, error) for name, error in errors.items()]
     same = untouched()
     undone, apart = turned_back()
@@ -90,7 +91,7 @@ def run(lab: Lab) -> list[Claim | Table]:
         Claim("the identity returns the input", f"{same:.1e} largest difference", "<= 1e-5", same <= 1e-5, [same]),
         Claim("a quarter turn is undone by its inverse (gradients: by finite differences in the tests)",
               f"{undone:.1e} apart, {apart:.2f} before", "<= 1e-5", undone <= 1e-5, [undone]),
-        Claim("a transformer has fewer errors than the same CNN without", f"{percent(fewer)} % fewer", ">= 20 %", min(fewer) >= 0.2, fewer),
+        Claim("a transformer has fewer errors than the same CNN without (one seed)", f"{percent(fewer)} % fewer", ">= 20 %", min(fewer) >= 0.2, fewer),
         Claim("the variance of the digits' centres falls", ", ".join(f"{v:.2f} times" for v in centre), "< 0.5 times", max(centre) < 0.5, centre,
               "centre of mass of what the CNN reads against that of the image"),
         Claim("and that of their angles, within classes", ", ".join(f"{v:.2f} times" for v in angle), "< 0.5 times", max(angle) < 0.5, angle,
