@@ -41,8 +41,8 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "scsampler": ({"keep": 2, "depth": 8, "widths": (4, 4, 8), "light": (4, 8)}, (6, 5, 3, 12, 12)),
     "tel": ({"in_chans": 1, "trees": 3, "depth": 3, "width": 0.02, "widths": (4,)}, (6, 1, 12, 12)),
     "skip_rnn": ({"in_chans": 3, "hidden": 8, "bias": -0.5}, (6, 5, 3)),
-    "skim_rnn": ({"words": 12, "embedding": 4, "hidden": 8, "small": 2}, (6, 5)),
-    "hm_rnn": ({"words": 12, "hidden": (6, 5, 4), "embedding": 3}, (6, 4)),
+    "skim_rnn": ({"words": 12, "embedding": 4, "hidden": 8, "small": 2}, (6, 4)),
+    "hm_rnn": ({"words": 12, "hidden": (6, 5, 4), "embedding": 3}, (6, 3)),
     "halting_score": ({"units": 3, "channels": 8, "bias": -0.5}, (6, 3, 16, 16)),
     **dict.fromkeys(
         ("policy_network", "self_critical", "rl_curriculum_tail", "alternating_backbone_agent"),

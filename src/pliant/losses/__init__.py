@@ -36,7 +36,7 @@ from pliant.losses.policy import (
     surrogate,
 )
 from pliant.losses.ponder import Ponder, ponder, steps
-from pliant.losses.ranking import Ranking
+from pliant.losses.ranking import Ranking, saliency_ranking
 from pliant.losses.rate import GateL1, GlobalTargetRate, TargetRate, above, hard, scored, soft, squared
 from pliant.losses.rewards import (
     BlockDropReward,
@@ -65,7 +65,7 @@ __all__ = [
     "TaughtExits", "Term", "Total", "ValueLoss", "above", "bernoulli", "by_cost", "by_depth", "categorical",
     "conflict", "constant", "dense", "everywhere", "falling", "frozen", "greedy", "hard", "itself", "last_exit",
     "learned", "minus_loss", "next_exit", "nothing", "ponder", "previous_exit", "ramped", "returns", "right",
-    "rising", "scored", "soft", "spent", "squared", "steps", "surrogate", "used", "where_right",
+    "rising", "saliency_ranking", "scored", "soft", "spent", "squared", "steps", "surrogate", "used", "where_right",
 ]  # fmt: skip
 
 

@@ -12,6 +12,31 @@ from pliant.core.errors import PliantError
 from pliant.core.trace import Exit, Trace
 
 
+def saliency_ranking(saliency: Tensor, worth: Tensor, *, margin: float = 0.0) -> Tensor:
+    r"""Elements of a row in the order of what they're worth: mean over pairs with :math:`w_i > w_j` of :math:`\max(0, s_j - s_i + m)`.
+
+    Shape:
+        both :math:`(R, T)`.
+
+    Args:
+        saliency: :math:`s`, what a sampler says; gradients pass it.
+        worth: :math:`w`, the true class's score by the network that is sampled for.
+        margin: :math:`m`.
+
+    Returns:
+        A scalar; 0 where no two elements differ in worth.
+
+    >>> saliency_ranking(torch.tensor([[0.5, 0.9]]), torch.tensor([[1.0, 0.0]]))
+    tensor(0.4000)
+
+    References:
+        Survey section 4.2.2 (2); Korbar, Tran, Torresani, SCSampler, ICCV 2019.
+    """
+    better = worth[:, :, None] > worth[:, None, :]
+    miss = (saliency[:, None, :] - saliency[:, :, None] + margin).relu()
+    return torch.where(better, miss, 0.0).sum() / better.sum().clamp_min(1)
+
+
 class Ranking:
     r"""Pairwise hinge on true-class probabilities, :math:`\sum_{(i, j)} \max(0, p_y^{(i)} - p_y^{(j)} + m)`.
 

@@ -11,7 +11,7 @@ from pliant.rules.place import Regressed, Uniform
 from pliant.rules.smooth_step import SmoothStep
 from pliant.rules.soft import ReluTanh, Sigmoid, Softmax, SpatialSoftmax
 from pliant.rules.threshold import Threshold
-from pliant.rules.topk import TopK
+from pliant.rules.topk import Ranked, TopK
 
 __all__ = [
     "Always",
@@ -21,6 +21,7 @@ __all__ = [
     "Halting",
     "Never",
     "Random",
+    "Ranked",
     "Regressed",
     "ReluTanh",
     "Rule",

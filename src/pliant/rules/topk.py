@@ -82,3 +82,16 @@ class TopK(Rule):
         flat = scores.detach().flatten(-self.dims)
         best = flat.argsort(dim=-1, descending=True, stable=True)[..., :k]
         return Outcome(torch.zeros_like(flat).scatter(-1, best, 1.0).reshape(scores.shape))
+
+
+class Ranked(TopK):
+    r"""TopK on scores that a loss of their own teaches, as in :func:`pliant.losses.saliency_ranking`: choosing passes no gradient.
+
+    >>> Ranked(1)(torch.tensor([[0.1, 0.7]])).value, Ranked.value_based
+    (tensor([[0., 1.]]), True)
+
+    References:
+        Survey section 4.2.2 (2); Korbar, Tran, Torresani, SCSampler, ICCV 2019.
+    """
+
+    value_based = True

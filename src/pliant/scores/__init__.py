@@ -11,11 +11,13 @@ from pliant.scores.place import PlacePolicy
 from pliant.scores.policy import Policy, Shrink
 from pliant.scores.recurrent import GateMemory, RecurrentGate
 from pliant.scores.routes import RouteGate
+from pliant.scores.saliency import ElementSaliency
 from pliant.scores.spatial import ConvGate, KernelPredictor, MaskHead, PointUncertainty, SqueezeMaskHead
 from pliant.scores.steps import Pressure, StepGate
 
 __all__ = [
-    "ConvGate", "Entropy", "Excitation", "GateMemory", "Guarded", "HaltingHead", "HyperCell", "KernelPredictor", "LinearGate", "LogitDistance",
+    "ConvGate", "ElementSaliency", "Entropy", "Excitation", "GateMemory", "Guarded", "HaltingHead", "HyperCell", "KernelPredictor",
+    "LinearGate", "LogitDistance",
     "MLPGate", "Margin",
     "MaskHead", "MaxProbability", "Patience", "PlacePolicy", "PointUncertainty", "Policy", "Pooled", "PooledLinear", "Pressure",
     "RecurrentGate", "Remainder", "RouteGate", "Saliency", "Shrink", "SideConv", "SqueezeMaskHead", "StepGate",
