@@ -38,10 +38,11 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "dy_relu": ({"widths": (4, 8), "depth": 1, "form": "place"}, (6, 3, 12, 12)),
     "sgd_dynamic_parameters": ({"widths": (4, 8, 8), "depth": 1, "experts": 3}, (6, 3, 12, 12)),
     "fbs": ({"layers": ((8, 1), (8, 2), (12, 1))}, (6, 3, 12, 12)),
+    "lstm_jump": ({"words": 12, "embedding": 4, "hidden": 6, "span": 2, "most": 3, "jumps": 2}, (6, 9)),
     "scsampler": ({"keep": 2, "depth": 8, "widths": (4, 4, 8), "light": (4, 8)}, (6, 5, 3, 12, 12)),
     "tel": ({"in_chans": 1, "trees": 3, "depth": 3, "width": 0.02, "widths": (4,)}, (6, 1, 12, 12)),
-    "skip_rnn": ({"in_chans": 3, "hidden": 8, "bias": -0.5}, (6, 5, 3)),
-    "skim_rnn": ({"words": 12, "embedding": 4, "hidden": 8, "small": 2}, (6, 4)),
+    "skip_rnn": ({"in_chans": 3, "hidden": 8, "bias": -0.5}, (6, 4, 3)),
+    "skim_rnn": ({"words": 12, "embedding": 4, "hidden": 8, "small": 2}, (6, 3)),
     "hm_rnn": ({"words": 12, "hidden": (6, 5, 4), "embedding": 3}, (6, 3)),
     "halting_score": ({"units": 3, "channels": 8, "bias": -0.5}, (6, 3, 16, 16)),
     **dict.fromkeys(
@@ -61,7 +62,7 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }  # fmt: skip
 """From the id of a system to the arguments of a small one and the shape of its input."""
 
-WORDS: dict[str, int] = {"skim_rnn": 12, "hm_rnn": 12}
+WORDS: dict[str, int] = {"lstm_jump": 12, "skim_rnn": 12, "hm_rnn": 12}
 """Of the systems that read words: the size of the vocabulary. 0 is padding, and ends some of the texts."""
 
 SYSTEMS = list({builder(id): id for id in reversed(pliant.list_models())}.values())[::-1]

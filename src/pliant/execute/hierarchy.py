@@ -171,10 +171,15 @@ class Hierarchy(Executor):
     def _gathered(self, n: int, t: int, state: tuple[Any, ...], chance: Tensor) -> _Found:
         below: Site = self.sites[n - 1]  # pyright: ignore[reportAssignmentType]
         chosen = ~(_runs(state) <= 0)
-        alternatives = (_copy, lambda s: self._level(n, t, s))
-        found = rows.run_each(
-            below, Decision(chosen, visit=t), (~chosen, chosen), alternatives, state, wanted=(1 - chance, chance)
-        )
+        here = Decision(chosen, visit=t)
+
+        def level(*s: Any) -> _Found:
+            return self._level(n, t, s)
+
+        if torch.compiler.is_exporting():  # the shorter program: copies aren't selected, but written over
+            return rows.run_some(below, here, level, state, rows.replaced, lambda: _copy(*state))
+        runs = (lambda s: _copy(*s), lambda s: level(*s))
+        found = rows.run_each(below, here, (~chosen, chosen), runs, state, wanted=(1 - chance, chance))
         if tape.tape() is not None and n < len(self.sites) and not chosen.any():
             with tape.part(below, t, "1", index=chosen.nonzero().squeeze(1)):  # visits are counted: nobody's is one too
                 self.sites[n](chance.new_zeros(0, 1), visit=t)
@@ -196,6 +201,6 @@ def _blend(share: Tensor, on: Tensor, off: Tensor) -> Tensor:
     return share * on + (1 - share) * off
 
 
-def _copy(state: tuple[Any, ...]) -> _Found:
-    zero = torch.zeros_like(state[1])
-    return state[2], state[3], zero, zero
+def _copy(below: Tensor, closed: Tensor, h: Tensor, c: Tensor, *_: Any) -> _Found:
+    zero = torch.zeros_like(closed)
+    return h, c, zero, zero
