@@ -14,13 +14,14 @@ from pliant.estimators.gumbel import (
 )
 from pliant.estimators.hard_concrete import HardConcrete, SoftBinaryConcrete
 from pliant.estimators.schedules import Decay, Ramp
-from pliant.estimators.score_function import EpsilonGreedy, EpsilonGreedyOneHot, ScoreFunction
+from pliant.estimators.score_function import Categorical, EpsilonGreedy, EpsilonGreedyOneHot, ScoreFunction
 from pliant.estimators.semantic_hashing import SemHash
 from pliant.estimators.straight_through import StochasticStraightThrough, StraightThrough
 from pliant.estimators.surrogates import Clipped, Copy, HardSigmoid, Rounding, Sigmoid, Surrogate
 
 __all__ = [
     "BinaryConcrete",
+    "Categorical",
     "Clipped",
     "Copy",
     "Decay",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pliant.core.site import Outcome, Rule
-from pliant.estimators.base import Estimator, largest, share, uniform, wide
+from pliant.estimators.base import Estimator, exponential, largest, share, uniform, wide
 
 
 class ScoreFunction(Estimator):
@@ -60,6 +60,40 @@ class ScoreFunction(Estimator):
         floor = self.floor.to(logit.dtype)
         log_prob = torch.logaddexp(floor.log() + F.logsigmoid(signed), (1 - floor).log() + F.logsigmoid(-signed))
         return Outcome(hard, soft=soft.to(scores.dtype), log_prob=log_prob)
+
+
+class Categorical(Rule):
+    r"""One of :math:`K`, drawn with its log-probability while training; the largest score otherwise.
+
+    .. math:: v \sim \mathrm{Categorical}(\mathrm{softmax}(s)), \qquad \log \pi = \log \mathrm{softmax}(s)_v
+
+    The value has no gradient. For choices on which no cost hangs, such as how far to jump: tuning leaves it alone.
+
+    Shape:
+        scores :math:`(R, ..., K)`; the value is one-hot of the same shape, ``log_prob`` is :math:`(R, ...)`.
+
+    Raises:
+        PliantError: where the scores have no dimension of alternatives.
+
+    >>> _ = torch.manual_seed(0)
+    >>> out = Categorical()(torch.tensor([[0.5, 0.2, 0.3]]).log().expand(10_000, 3))
+    >>> out.value.mean(0).round(decimals=1), Categorical().eval()(torch.tensor([[0.0, 2.0]])).value
+    (tensor([0.5000, 0.2000, 0.3000]), tensor([[0., 1.]]))
+
+    References:
+        Survey section 5.2.2 (3); Yu, Lee, Le, Learning to Skim Text, ACL 2017.
+    """
+
+    spends = False
+
+    def forward(self, scores: Tensor) -> Outcome:
+        """A sample while training; a NaN score is drawn for sure, so its log-probability says so."""
+        if not self.training:
+            return Outcome(largest(scores), soft=scores.softmax(-1))
+        logits = scores.to(wide(scores))
+        hard = largest(logits.detach() - exponential(scores.shape, scores))
+        log_prob = torch.where(hard > 0, logits.log_softmax(-1), 0.0).sum(-1)
+        return Outcome(hard.to(scores.dtype), soft=scores.softmax(-1), log_prob=log_prob)
 
 
 class EpsilonGreedy(Estimator):

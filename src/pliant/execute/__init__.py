@@ -6,6 +6,7 @@ from pliant.execute.cells import Cell, Encoded, GRUStep, LSTMStep, Pressed, Smal
 from pliant.execute.chain import Chain, Forget, Remember
 from pliant.execute.channels import Channels, Chosen, Unpacked
 from pliant.execute.collaboration import InlineHead, collaborative
+from pliant.execute.cursor import Cursor, Jump, Move, Open, Place, Reader, Reading, Said, Say, Store
 from pliant.execute.deformed import Deformed
 from pliant.execute.equilibrium import equilibrium, scale_all, scale_last
 from pliant.execute.exits import Answer, Exits, MostConfident
@@ -47,6 +48,7 @@ __all__ = [
     "Chain",
     "Channels",
     "Chosen",
+    "Cursor",
     "Deformed",
     "DynamicReLU",
     "Encoded",
@@ -63,6 +65,7 @@ __all__ = [
     "Hierarchy",
     "Hold",
     "InlineHead",
+    "Jump",
     "KernelGenerator",
     "LSTMStep",
     "Level",
@@ -70,11 +73,16 @@ __all__ = [
     "MixedConv2d",
     "Look",
     "MostConfident",
+    "Move",
     "Node",
+    "Open",
     "Operation",
     "Partial",
     "Pixels",
+    "Place",
     "Planned",
+    "Reader",
+    "Reading",
     "Pressed",
     "Projective",
     "Reassemble",
@@ -84,6 +92,8 @@ __all__ = [
     "Remember",
     "Residual",
     "Routes",
+    "Said",
+    "Say",
     "Scaled",
     "ScaledLSTM",
     "ScaledPlaces",
@@ -91,6 +101,7 @@ __all__ = [
     "Skip",
     "SmallLSTM",
     "Steps",
+    "Store",
     "ThinPlate",
     "Trees",
     "Unpacked",

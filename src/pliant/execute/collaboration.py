@@ -89,6 +89,6 @@ def collaborative(model: Exits) -> Exits:
     """
     first, *later = model.heads
     sites: list[Any] = list(model.sites)
-    made = Exits(list(model.stages), [first, *map(InlineHead, later)], sites, answer=model.answer)
+    made = Exits(list(model.stages), [first, *map(InlineHead, later)], sites, answer=model.answer, view=model.view)
     made.form = model.form
     return made.train(model.training)

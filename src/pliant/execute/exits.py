@@ -19,15 +19,18 @@ from pliant.execute.heads import Linked
 
 
 class Answer(nn.Module):
-    """Which answer a row takes away: that of the exit where it leaves. Wrap or replace for other choices."""
+    """Which answer a row takes away: that of the exit where it leaves. Wrap or replace for other choices.
 
-    def step(self, logits: Tensor, memory: Any) -> tuple[Tensor, Any]:
+    ``logits`` are what the chain's ``view`` says, where it has one: a tuple whose first is logits.
+    """
+
+    def step(self, logits: Any, memory: Any) -> tuple[Tensor, Any]:
         """From an exit's logits: the answer of a row that leaves here, and what later exits must know, rows first."""
-        return logits, memory
+        return logits if isinstance(logits, Tensor) else logits[0], memory
 
-    def last(self, logits: Tensor, memory: Any) -> Tensor:
+    def last(self, logits: Any, memory: Any) -> Tensor:
         """The answer of a row that no exit let go, from the last logits and what the exits before handed on."""
-        return logits
+        return logits if isinstance(logits, Tensor) else logits[0]
 
 
 class MostConfident(Answer):
@@ -77,6 +80,8 @@ class Exits(Executor):
             before it.
         sites: :math:`K - 1` sites that read their exit's logits; the last exit takes whoever is left.
         answer: which answer a leaving row takes; default, its exit's.
+        view: for sites and answers that need more than logits: from what a stage returned and its logits to a tuple of tensors,
+            rows first, logits first (:class:`Say`).
 
     Raises:
         PliantError: where the three lists don't fit, or the first head is a linked one.
@@ -95,7 +100,7 @@ class Exits(Executor):
 
     def __init__(
         self, stages: Sequence[nn.Module], heads: Sequence[nn.Module], sites: Sequence[Site], *,
-        answer: Answer | None = None,
+        answer: Answer | None = None, view: nn.Module | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if len(stages) == 0 or len(heads) != len(stages) or len(sites) != len(stages) - 1:
@@ -116,6 +121,7 @@ class Exits(Executor):
         self.heads = nn.ModuleList(heads)
         self.sites = nn.ModuleList(sites)
         self.answer = Answer() if answer is None else answer
+        self.view = view
 
     def plain(self, x: Any) -> Tensor:
         """The chain with its last head only, and those whose logits it reads."""
@@ -155,10 +161,11 @@ class Exits(Executor):
         logits = head(x) if before is None else head(x, before)
         if tape.tape() is not None:
             tape.write_exit(self, logits)
+        seen = logits if self.view is None else self.view(x, logits)
         if site is None:
-            return self.answer.last(logits, memory)
-        early, memory = self.answer.step(logits, memory)
-        decision = site(logits, given=None if given is None else given[:, k], carry=carry)
+            return self.answer.last(seen, memory)
+        early, memory = self.answer.step(seen, memory)
+        decision = site(seen, given=None if given is None else given[:, k], carry=carry)
         state = [x, given, decision.carry, memory, logits if self.linked[k + 1] else None]
         del x
 

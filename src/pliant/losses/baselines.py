@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pliant.core.errors import PliantError
 from pliant.core.site import Score
@@ -144,7 +145,7 @@ class Critic(Score):
         scores, inner = self.scorer.step(x, inner) if isinstance(self.scorer, Score) else (self.scorer(x), inner)
         if not self.training:
             return scores, inner
-        value = self.head(x.detach())
+        value = self.head(pytree.tree_map(lambda t: t.detach(), x))
         return scores, Valued(value.squeeze(-1) if value.ndim == 2 else value, inner)
 
 

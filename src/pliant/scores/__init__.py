@@ -6,6 +6,7 @@ from pliant.scores.confidence import Entropy, Margin, MaxProbability, Patience, 
 from pliant.scores.gates import LinearGate, MLPGate
 from pliant.scores.guard import Guarded, LogitDistance
 from pliant.scores.halting import HaltingHead, Remainder
+from pliant.scores.jump import WhereToJump, WhetherToJump
 from pliant.scores.modulation import Excitation, HyperCell, PooledLinear, Saliency, SideConv
 from pliant.scores.place import PlacePolicy
 from pliant.scores.policy import Policy, Shrink
@@ -20,5 +21,5 @@ __all__ = [
     "LinearGate", "LogitDistance",
     "MLPGate", "Margin",
     "MaskHead", "MaxProbability", "Patience", "PlacePolicy", "PointUncertainty", "Policy", "Pooled", "PooledLinear", "Pressure",
-    "RecurrentGate", "Remainder", "RouteGate", "Saliency", "Shrink", "SideConv", "SqueezeMaskHead", "StepGate",
+    "RecurrentGate", "Remainder", "RouteGate", "Saliency", "Shrink", "SideConv", "SqueezeMaskHead", "StepGate", "WhereToJump", "WhetherToJump",
 ]  # fmt: skip
