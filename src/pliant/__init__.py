@@ -20,7 +20,7 @@ from pliant.core import (
     record,
     sites,
 )
-from pliant.deploy import export_onnx, from_pretrained, save_pretrained
+from pliant.deploy import compile, export_onnx, from_pretrained, save_pretrained
 from pliant.systems.create import create_model
 from pliant.systems.table import list_models
 from pliant.tune import OperatingPoint, tune
@@ -37,6 +37,7 @@ __all__ = [
     "Trace",
     "bind",
     "check",
+    "compile",
     "cost",
     "create_model",
     "data",

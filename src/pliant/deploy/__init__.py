@@ -1,9 +1,10 @@
-"""Deployment: saved as a folder, exported to ONNX, folded and laid out for the processor."""
+"""Deployment: compiled between decisions, saved as a folder, exported to ONNX, folded and laid out for the processor."""
 
 from __future__ import annotations
 
+from pliant.deploy.compile import compile
 from pliant.deploy.fold import optimised
 from pliant.deploy.onnx import export_onnx
 from pliant.deploy.pretrained import from_pretrained, save_pretrained
 
-__all__ = ["export_onnx", "from_pretrained", "optimised", "save_pretrained"]
+__all__ = ["compile", "export_onnx", "from_pretrained", "optimised", "save_pretrained"]
