@@ -25,6 +25,7 @@ ROWS = 3000
 DATA = told(ROWS, "; four convolutions of 32, 64, 64 and 96 channels instead of CIFAR-10 and eight")
 LAYERS = ((32, 1), (64, 2), (64, 1), (96, 2))
 STEPS = (0.8, 0.65, 0.5)
+EPOCHS, RATE = 4, 0.05  # of each step of fine-tuning
 LOSS = Total({"task": (1.0, CrossEntropy()), "saliency": (1e-8 * sum(c for c, _ in LAYERS), GateL1(of=scored))})
 
 
@@ -45,7 +46,13 @@ def lowered(lab: Lab, what: str, model: nn.Module, data: Dataset, bound, seed: i
     """``model`` fine-tuned at falling densities, ``bound(model, density)`` deciding."""
     for density in STEPS:
         found = trained(
-            lab, f"{what}, density {density}", bound(model, density), data, [phase(2, lr=0.02)], loss=LOSS, seed=seed
+            lab,
+            f"{what}, density {density}",
+            bound(model, density),
+            data,
+            [phase(EPOCHS, lr=RATE)],
+            loss=LOSS,
+            seed=seed,
         )
     return found
 
@@ -72,7 +79,13 @@ def run(lab: Lab) -> list[Claim | Table]:
         other = copy.deepcopy(model)
         fixed = kept(model, data)
         full = trained(
-            lab, f"all channels on, seed {seed}", copy.deepcopy(model), data, [phase(6, lr=0.02)], loss=LOSS, seed=seed
+            lab,
+            f"all channels on, seed {seed}",
+            copy.deepcopy(model),
+            data,
+            [phase(EPOCHS * len(STEPS), lr=RATE)],
+            loss=LOSS,
+            seed=seed,
         )
         dense.append(float(right(full, data).float().mean()))
         model = lowered(
