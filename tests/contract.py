@@ -39,6 +39,9 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "sgd_dynamic_parameters": ({"widths": (4, 8, 8), "depth": 1, "experts": 3}, (6, 3, 12, 12)),
     "fbs": ({"layers": ((8, 1), (8, 2), (12, 1))}, (6, 3, 12, 12)),
     "lstm_jump": ({"words": 12, "embedding": 4, "hidden": 6, "span": 2, "most": 3, "jumps": 2}, (6, 9)),
+    "adaframe": (
+        {"steps": 3, "depth": 8, "widths": (4, 4, 8), "hidden": 8, "glances": 3, "patience": 1, "margin": 0.0}, (6, 7, 3, 12, 12)
+    ),
     "scsampler": ({"keep": 2, "depth": 8, "widths": (4, 4, 8), "light": (4, 8)}, (6, 5, 3, 12, 12)),
     "tel": ({"in_chans": 1, "trees": 3, "depth": 3, "width": 0.02, "widths": (4,)}, (6, 1, 12, 12)),
     "skip_rnn": ({"in_chans": 3, "hidden": 8, "bias": -0.5}, (6, 4, 3)),

@@ -190,6 +190,53 @@ def test_lstm_jump_word_by_word() -> None:
     assert [d.value.shape[0] for d in (trace[f"sites.{k}"][0] for k in range(3))] == [4, 3, 2]  # ended texts have left
 
 
+def adaframe_by_hand(model: Any, clip: Tensor, patience: int, margin: float) -> tuple[Tensor, int]:
+    """AdaFrame on one clip, look by look: the answer after the look that promised most, and how many looks there were."""
+    reader, site = model.stages[0].reader, model.stages[1].site.scorer.scorer
+    overview, frames, steps = reader.overview, len(clip), len(model.stages)
+    sampled = [round(k * (frames - 1) / (overview.frames - 1)) for k in range(overview.frames)]
+    light = torch.cat([overview.network(clip[k : k + 1]) for k in sampled]) + overview.places
+    h = c = torch.zeros(1, reader.cell.hidden_size)
+    at, best, answer, missed = round(0.5 * (frames - 1)), -float("inf"), torch.zeros(0), 0
+    for look in range(1, steps + 1):
+        weights = (light @ overview.query(h)[0] / overview.width**0.5).softmax(0)
+        context = sum(w * f for w, f in zip(weights, light, strict=True))
+        h, c = reader.cell(torch.cat([reader.encoder(clip[at : at + 1]), context[None]], 1), (h, c))
+        promised = float(model.view.utility(h))
+        if promised > best:
+            best, answer = promised, model.heads[0].linear(h)[0]
+        missed += promised < best - margin
+        if missed >= patience or look == steps:
+            break
+        at = round(float(site.linear(h).sigmoid()) * (frames - 1))
+    return answer, look
+
+
+@torch.no_grad()
+def test_adaframe_look_by_look() -> None:
+    torch.manual_seed(0)
+    settings = {"steps": 5, "depth": 8, "widths": (4, 4, 8), "hidden": 8, "glances": 3, "patience": 2, "margin": 0.02}
+    model: Any = pliant.create_model("adaframe", num_classes=3, in_chans=1, **settings).eval()
+    reader = model.stages[0].reader
+    for weight in (
+        model.stages[1].site.scorer.scorer.linear.weight,
+        model.view.utility.weight,
+        *reader.cell.parameters(),
+    ):
+        weight.normal_()  # states, places and promises that differ from look to look
+    x = torch.randn(12, 9, 1, 12, 12) * 3
+    found = [adaframe_by_hand(model, clip, 2, 0.02) for clip in x]
+    want, looks = torch.stack([answer for answer, _ in found]), [look for _, look in found]
+    assert len(set(looks)) > 1
+    for form in FORMS.values():
+        torch.testing.assert_close(form(model)(x), want, rtol=1e-4, atol=1e-5)
+    _, trace = pliant.record(model)(x)
+    gone_on = sum(trace.dense(f"sites.{k}") if f"sites.{k}" in trace else torch.zeros(12) for k in range(4))
+    assert (1 + gone_on).tolist() == looks
+    patient = pliant.bind(model, {"sites.*": rules.Threshold(0.5 - 3)})
+    assert bool((pliant.record(patient)(x)[1].flops >= trace.flops).all())
+
+
 def test_two_draws_are_one_softmax_over_stopping_and_jumps() -> None:
     torch.manual_seed(0)
     model: Any = pliant.create_model("lstm_jump", words=9, embedding=4, hidden=5, span=1, most=3, jumps=1).train()

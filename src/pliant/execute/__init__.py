@@ -9,7 +9,7 @@ from pliant.execute.collaboration import InlineHead, collaborative
 from pliant.execute.cursor import Cursor, Jump, Move, Open, Place, Reader, Reading, Said, Say, Store
 from pliant.execute.deformed import Deformed
 from pliant.execute.equilibrium import equilibrium, scale_all, scale_last
-from pliant.execute.exits import Answer, Exits, MostConfident
+from pliant.execute.exits import Answer, Exits, MostConfident, MostUseful
 from pliant.execute.halting_pixels import HaltingMap, HaltingPixels
 from pliant.execute.heads import Linked
 from pliant.execute.hierarchy import Hierarchy, Level
@@ -73,6 +73,7 @@ __all__ = [
     "MixedConv2d",
     "Look",
     "MostConfident",
+    "MostUseful",
     "Move",
     "Node",
     "Open",

@@ -221,3 +221,20 @@ class Say(nn.Module):
     def forward(self, reading: Reading, logits: Tensor) -> Said:
         """Logits first."""
         return Said(logits, reading.memory[0], (reading.length - 1 - reading.at).clamp_min(0))
+
+
+class Classify(nn.Module):
+    """A linear layer on the first tensor of the memory, for exits behind cursors.
+
+    >>> reading = Reading((torch.zeros(2, 3),), *[torch.arange(2)] * 3, Store(torch.zeros(2, 1)))
+    >>> Classify(3, 10)(reading).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(self, hidden: int, num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden, num_classes)
+
+    def forward(self, reading: Reading) -> Tensor:
+        """Logits."""
+        return self.linear(reading.memory[0])

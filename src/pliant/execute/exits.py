@@ -63,6 +63,36 @@ class MostConfident(Answer):
         return exits.gather(0, surest[None, :, None].expand(1, *logits.shape)).squeeze(0)
 
 
+class MostUseful(Answer):
+    """A row takes the answer of the exit that promised most, the earlier one in a tie: AdaFrame's.
+
+    For a view that says (logits, what's promised (R,)). NaN is the most of all, so that no broken answer is passed over.
+
+    >>> answer, memory = MostUseful(), None
+    >>> for logits, promised in ((1.0, 0.2), (2.0, 0.9), (3.0, 0.5)):
+    ...     early, memory = answer.step((torch.tensor([[logits]]), torch.tensor([promised])), memory)
+    >>> early
+    tensor([[2.]])
+
+    References:
+        Survey section 4.2.1 (3); Wu et al., AdaFrame, CVPR 2019.
+    """
+
+    def step(self, logits: Any, memory: Any) -> tuple[Tensor, Any]:
+        """The best answer so far, and what it promised."""
+        said, promised = logits
+        if memory is not None:
+            best, most = memory
+            better = ~(promised <= most)
+            said = torch.where(rows.weigh(better, said), said, best)
+            promised = torch.where(better, promised, most)
+        return said, (said, promised)
+
+    def last(self, logits: Any, memory: Any) -> Tensor:
+        """The best of all answers."""
+        return self.step(logits, memory)[0]
+
+
 class Exits(Executor):
     r"""A chain of stages with an exit after each; a row goes on where its site's value is 1, else it leaves.
 

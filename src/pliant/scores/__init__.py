@@ -7,6 +7,7 @@ from pliant.scores.gates import LinearGate, MLPGate
 from pliant.scores.guard import Guarded, LogitDistance
 from pliant.scores.halting import HaltingHead, Remainder
 from pliant.scores.jump import WhereToJump, WhetherToJump
+from pliant.scores.lookahead import Lookahead
 from pliant.scores.modulation import Excitation, HyperCell, PooledLinear, Saliency, SideConv
 from pliant.scores.place import PlacePolicy
 from pliant.scores.policy import Policy, Shrink
@@ -18,8 +19,7 @@ from pliant.scores.steps import Pressure, StepGate
 
 __all__ = [
     "ConvGate", "ElementSaliency", "Entropy", "Excitation", "GateMemory", "Guarded", "HaltingHead", "HyperCell", "KernelPredictor",
-    "LinearGate", "LogitDistance",
-    "MLPGate", "Margin",
-    "MaskHead", "MaxProbability", "Patience", "PlacePolicy", "PointUncertainty", "Policy", "Pooled", "PooledLinear", "Pressure",
-    "RecurrentGate", "Remainder", "RouteGate", "Saliency", "Shrink", "SideConv", "SqueezeMaskHead", "StepGate", "WhereToJump", "WhetherToJump",
+    "LinearGate", "LogitDistance", "Lookahead", "MLPGate", "Margin", "MaskHead", "MaxProbability", "Patience", "PlacePolicy",
+    "PointUncertainty", "Policy", "Pooled", "PooledLinear", "Pressure", "RecurrentGate", "Remainder", "RouteGate", "Saliency",
+    "Shrink", "SideConv", "SqueezeMaskHead", "StepGate", "WhereToJump", "WhetherToJump",
 ]  # fmt: skip

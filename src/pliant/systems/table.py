@@ -40,6 +40,7 @@ BUILDERS: dict[str, str] = {
     "senet": "pliant.systems.parameters.senet:senet",
     "dy_relu": "pliant.systems.parameters.dy_relu:dy_relu",
     "lstm_jump": "pliant.systems.temporal.lstm_jump:lstm_jump",
+    "adaframe": "pliant.systems.temporal.adaframe:adaframe",
     "scsampler": "pliant.systems.temporal.scsampler:scsampler",
     "fbs": "pliant.systems.width.fbs:fbs",
     "skip_rnn": "pliant.systems.temporal.skip_rnn:skip_rnn",

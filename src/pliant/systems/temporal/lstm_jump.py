@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pliant.core.site import Site
 from pliant.estimators.score_function import Categorical, ScoreFunction
-from pliant.execute.cursor import Cursor, Jump, Open, Reader, Reading, Say
+from pliant.execute.cursor import Classify, Cursor, Jump, Open, Reader, Say
 from pliant.execute.exits import Exits
 from pliant.losses.baselines import Critic
 from pliant.rules.threshold import Threshold
@@ -55,18 +55,6 @@ class Words(Reader):
             torch.where(some[:, None, None], h_n.transpose(0, 1), h),
             torch.where(some[:, None, None], c_n.transpose(0, 1), c),
         )
-
-
-class Classify(nn.Module):
-    """A linear layer on the output."""
-
-    def __init__(self, hidden: int, num_classes: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(hidden, num_classes)
-
-    def forward(self, reading: Reading) -> Tensor:
-        """Logits."""
-        return self.linear(reading.memory[0])
 
 
 class OfSaid(nn.Module):
