@@ -181,8 +181,9 @@ class Hierarchy(Executor):
         runs = (lambda s: _copy(*s), lambda s: level(*s))
         found = rows.run_each(below, here, (~chosen, chosen), runs, state, wanted=(1 - chance, chance))
         if tape.tape() is not None and n < len(self.sites) and not chosen.any():
-            with tape.part(below, t, "1", index=chosen.nonzero().squeeze(1)):  # visits are counted: nobody's is one too
-                self.sites[n](chance.new_zeros(0, 1), visit=t)
+            nobody, plan = chosen.nonzero().squeeze(1), state[-1]
+            with tape.part(below, t, "1", index=nobody):  # visits are counted: nobody's is one too
+                self.sites[n](chance.new_zeros(0, 1), given=None if plan is None else plan[:0], visit=t)
         return found
 
 
