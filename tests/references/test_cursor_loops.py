@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pliant
+import pliant.systems.temporal.adaframe
 from pliant import Decision, PliantError, Site, Trace, rules
+from pliant.data import Decode
 from pliant.estimators import Categorical
-from pliant.execute import Cursor, Exits, Jump, Move, Open, Place, Reader, Reading, Say, Store
+from pliant.execute import Cursor, Exits, Jump, Move, Open, Piece, Place, Reader, Reading, Say, Store
+from pliant.systems.clips import Frames, Nothing
 
 FORMS: dict[str, Callable[[nn.Module], Any]] = {"masked": pliant.masked, "gathered": pliant.gathered}
 MOVES: dict[str, Move] = {"jump": Jump(3), "place": Place()}
@@ -36,11 +40,11 @@ class Adder(Reader):
     def lengths(self, x: Tensor) -> Tensor:
         return (x[..., 0] != 0).sum(1)
 
-    def forward(self, elements: Tensor, there: Tensor, memory: Any) -> Any:
-        self.encoded.append(len(elements))
+    def forward(self, piece: Piece, memory: Any) -> Any:
+        self.encoded.append(len(piece.elements))
         (total,) = memory
         for k in range(self.span):
-            total = torch.where((there > k)[:, None], total / 2 + self.encoder(elements[:, k]), total)
+            total = torch.where((piece.there > k)[:, None], total / 2 + self.encoder(piece.elements[:, k]), total)
         return (total,)
 
 
@@ -150,6 +154,25 @@ def test_a_frame_that_is_not_visited_is_neither_decoded_nor_encoded() -> None:
     assert reading.at.tolist() == [2, 0, 8]
 
 
+def test_clips_stay_bytes_until_somebody_looks() -> None:
+    decoded: list[int] = []
+    decode = Decode([0.5], [0.25])
+    decode.register_forward_hook(lambda module, args, out: decoded.append(len(out)))
+    clip = torch.randint(0, 256, (2, 50, 1, 4, 4), dtype=torch.uint8)
+    frames = Frames(nn.Sequential(decode, nn.Flatten()), 16, Nothing(), hidden=5)
+    model = pliant.systems.temporal.adaframe.glancing(
+        frames, 3, hidden=5, steps=3, std=0.1, patience=1, margin=9.0
+    ).eval()
+    float_frames = copy.deepcopy(model)
+    readers: Any = [stage.reader for stage in float_frames.stages]
+    for reader in readers:
+        reader.encoder = nn.Flatten()
+    torch.testing.assert_close(model(clip), float_frames((clip / 255 - 0.5) / 0.25), rtol=1e-5, atol=1e-6)
+    assert decoded == [2, 2, 2]  # six frames of a hundred
+    with pytest.raises(PliantError, match=r"frames of torch.float32; expected torch.uint8"):
+        decode(torch.zeros(1, 1, 2, 2))
+
+
 def by_hand(model: Any, text: list[int], moves: list[int]) -> Tensor:
     """LSTM-Jump on one text, word by word through the gates' formulas; moves are jumps, 0 stops."""
     words = model.stages[0].reader
@@ -201,7 +224,8 @@ def adaframe_by_hand(model: Any, clip: Tensor, patience: int, margin: float) -> 
     for look in range(1, steps + 1):
         weights = (light @ overview.query(h)[0] / overview.width**0.5).softmax(0)
         context = sum(w * f for w, f in zip(weights, light, strict=True))
-        h, c = reader.cell(torch.cat([reader.encoder(clip[at : at + 1]), context[None]], 1), (h, c))
+        place = torch.tensor([[2 * at / (frames - 1) - 1]])
+        h, c = reader.cell(torch.cat([reader.encoder(clip[at : at + 1]), context[None], place], 1), (h, c))
         promised = float(model.view.utility(h))
         if promised > best:
             best, answer = promised, model.heads[0].linear(h)[0]
@@ -224,6 +248,7 @@ def test_adaframe_look_by_look() -> None:
         *reader.cell.parameters(),
     ):
         weight.normal_()  # states, places and promises that differ from look to look
+    reader.cell.weight_ih.mul_(10)
     x = torch.randn(12, 9, 1, 12, 12) * 3
     found = [adaframe_by_hand(model, clip, 2, 0.02) for clip in x]
     want, looks = torch.stack([answer for answer, _ in found]), [look for _, look in found]

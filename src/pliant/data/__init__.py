@@ -5,6 +5,7 @@ from __future__ import annotations
 from pliant.data.augment import RandomCrop, RandomFlip, Transform, augment
 from pliant.data.dataset import Dataset, Split
 from pliant.data.download import fetch
+from pliant.data.frames import Decode
 from pliant.data.registry import load, names
 
-__all__ = ["Dataset", "RandomCrop", "RandomFlip", "Split", "Transform", "augment", "fetch", "load", "names"]
+__all__ = ["Dataset", "Decode", "RandomCrop", "RandomFlip", "Split", "Transform", "augment", "fetch", "load", "names"]

@@ -6,7 +6,7 @@ from pliant.execute.cells import Cell, Encoded, GRUStep, LSTMStep, Pressed, Smal
 from pliant.execute.chain import Chain, Forget, Remember
 from pliant.execute.channels import Channels, Chosen, Unpacked
 from pliant.execute.collaboration import InlineHead, collaborative
-from pliant.execute.cursor import Cursor, Jump, Move, Open, Place, Reader, Reading, Said, Say, Store
+from pliant.execute.cursor import Classify, Cursor, Jump, Move, Open, Piece, Place, Reader, Reading, Said, Say, Store
 from pliant.execute.deformed import Deformed
 from pliant.execute.equilibrium import equilibrium, scale_all, scale_last
 from pliant.execute.exits import Answer, Exits, MostConfident, MostUseful
@@ -48,6 +48,7 @@ __all__ = [
     "Chain",
     "Channels",
     "Chosen",
+    "Classify",
     "Cursor",
     "Deformed",
     "DynamicReLU",
@@ -79,6 +80,7 @@ __all__ = [
     "Open",
     "Operation",
     "Partial",
+    "Piece",
     "Pixels",
     "Place",
     "Planned",

@@ -38,6 +38,14 @@ class Reading(NamedTuple):
     carry: Any = None
 
 
+class Piece(NamedTuple):
+    """What a visit finds: ``elements`` (R, span, ...), the first ``there`` (R,) of which exist, and where the first lies, in [0, 1]."""
+
+    elements: Tensor
+    there: Tensor
+    where: Tensor
+
+
 class Reader(nn.Module, ABC):
     """What is done with the elements at the pointer, ``span`` of them side by side: they become memory."""
 
@@ -48,8 +56,8 @@ class Reader(nn.Module, ABC):
         """The memory before anything is read of sequences ``x`` (R, T, ...): a tree of tensors, rows first."""
 
     @abstractmethod
-    def forward(self, elements: Tensor, there: Tensor, memory: Any) -> Any:
-        """The memory after ``elements`` (R, span, ...), of which the first ``there`` (R,) exist and may be none."""
+    def forward(self, piece: Piece, memory: Any) -> Any:
+        """The memory after a visit, which may have found nothing."""
 
     def lengths(self, x: Tensor) -> Tensor:
         """How many elements each sequence of ``x`` has, (R,) int64; by default all."""
@@ -61,7 +69,8 @@ class Reader(nn.Module, ABC):
         there = (reading.length - to).clamp(0, self.span)
         last = (reading.length - 1).clamp_min(0)
         elements = reading.store.fetch(reading.row, torch.minimum(index, last[:, None]))
-        return reading._replace(memory=self(elements, there, reading.memory), at=to + self.span - 1)
+        piece = Piece(elements, there, torch.minimum(to, last) / last.clamp_min(1))
+        return reading._replace(memory=self(piece, reading.memory), at=to + self.span - 1)
 
 
 class Open(nn.Module):
@@ -172,8 +181,8 @@ class Cursor(Executor):
     >>> class Sum(Reader):
     ...     def start(self, x):
     ...         return (torch.zeros(len(x)),)
-    ...     def forward(self, elements, there, memory):
-    ...         return (memory[0] + elements[:, 0] * there,)
+    ...     def forward(self, piece, memory):
+    ...         return (memory[0] + piece.elements[:, 0] * piece.there,)
     >>> first, site = Open(Sum()), pliant.Site(nn.Identity(), pliant.rules.Never(), shape=(2,))
     >>> Cursor(site, Jump(2), first.reader)(first(torch.tensor([[1.0, 10, 100]]))).memory
     (tensor([101.]),)

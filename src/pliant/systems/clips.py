@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.execute.cursor import Reader
+from pliant.execute.cursor import Piece, Reader
 
 
 class Overview(nn.Module):
@@ -46,20 +46,21 @@ class Nothing(nn.Module):
 
 
 class Frames(Reader):
-    """An encoder and an LSTM on one frame and the context. Memory: hidden state, cell state, global memory."""
+    """An encoder and an LSTM on one frame, the context and the place. Memory: hidden state, cell state, global memory."""
 
     def __init__(self, encoder: nn.Module, width: int, overview: Any, *, hidden: int) -> None:
         super().__init__()
         self.encoder, self.overview = encoder, overview
-        self.cell = nn.LSTMCell(width + overview.width, hidden)
+        self.cell = nn.LSTMCell(width + overview.width + 1, hidden)
 
     def start(self, x: Tensor) -> Any:
         """Zeros, and the global memory."""
         zeros = self.cell.weight_hh.new_zeros(x.shape[0], self.cell.hidden_size)
         return zeros, zeros, self.overview.begin(x)
 
-    def forward(self, elements: Tensor, there: Tensor, memory: Any) -> Any:
+    def forward(self, piece: Piece, memory: Any) -> Any:
         """The memory after a frame."""
         h, c, overview = memory
-        h, c = self.cell(torch.cat([self.encoder(elements[:, 0]), self.overview(h, overview)], 1), (h, c))
+        seen = [self.encoder(piece.elements[:, 0]), self.overview(h, overview), 2 * piece.where[:, None] - 1]
+        h, c = self.cell(torch.cat(seen, 1), (h, c))
         return h, c, overview

@@ -59,7 +59,7 @@ def adaframe(
 ) -> Exits:  # fmt: skip
     r"""Look at a clip's middle frame, then wherever the state says, and stop when the expected gain keeps falling.
 
-    .. math:: h_t = \mathrm{LSTM}([f(x_{a_t}); u_t], h_{t-1}), \quad u_t = \mathrm{attend}(h_{t-1}, \mathrm{overview}(x)), \quad
+    .. math:: h_t = \mathrm{LSTM}([f(x_{a_t}); u_t; a_t], h_{t-1}), \quad u_t = \mathrm{attend}(h_{t-1}, \mathrm{overview}(x)), \quad
         a_{t+1} \sim N(\sigma(w h_t), \text{std}^2), \quad V_t = v h_t
 
     Train all steps with ``sites.*`` bound to ``pliant.rules.Always``: cross-entropy, ``Reinforce`` of the discounted
@@ -92,7 +92,7 @@ def adaframe(
     References:
         Survey section 4.2.1 (3); Wu et al., AdaFrame, CVPR 2019.
 
-    Differs from the paper: small networks; the LSTM has one layer.
+    Differs from the paper: small networks; the LSTM has one layer, and is told where it looks.
     """
     frames = resnet(num_classes, in_chans, depth=depth, widths=widths)
     layers = [m for a, b in pairwise((in_chans, 16, 32)) for m in (*conv_norm(a, b, 3, 2), nn.ReLU())]

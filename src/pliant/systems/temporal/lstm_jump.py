@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pliant.core.site import Site
 from pliant.estimators.score_function import Categorical, ScoreFunction
-from pliant.execute.cursor import Classify, Cursor, Jump, Open, Reader, Say
+from pliant.execute.cursor import Classify, Cursor, Jump, Open, Piece, Reader, Say
 from pliant.execute.exits import Exits
 from pliant.losses.baselines import Critic
 from pliant.rules.threshold import Threshold
@@ -35,7 +35,7 @@ class Words(Reader):
         """Words in front of the padding."""
         return (x != 0).sum(1)
 
-    def forward(self, elements: Tensor, there: Tensor, memory: Any) -> Any:
+    def forward(self, piece: Piece, memory: Any) -> Any:
         """The memory after the words that exist; a row without any keeps its own.
 
         Where a text ends inside the window, only the output is that of its last word: nothing will be read after it.
@@ -46,10 +46,10 @@ class Words(Reader):
         ]  # nn.LSTM's own list isn't exportable
         start = (h.transpose(0, 1).contiguous(), c.transpose(0, 1).contiguous())
         out, h_n, c_n = torch.lstm(
-            self.embed(elements), start, weights, True, self.lstm.num_layers, 0.0, self.training, False, True
+            self.embed(piece.elements), start, weights, True, self.lstm.num_layers, 0.0, self.training, False, True
         )
-        last = (there - 1).clamp_min(0)[:, None, None].expand(-1, 1, out.shape[2])
-        some = there > 0
+        last = (piece.there - 1).clamp_min(0)[:, None, None].expand(-1, 1, out.shape[2])
+        some = piece.there > 0
         return (
             torch.where(some[:, None], out.gather(1, last).squeeze(1), top),
             torch.where(some[:, None, None], h_n.transpose(0, 1), h),
