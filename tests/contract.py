@@ -19,6 +19,8 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "sdn": ({"backbone": "resnet8", "at": (0.3, 0.6)}, (6, 3, 32, 32)),
     "big_little_dnn": ({"little": "cnn2", "big": "resnet8"}, (6, 3, 32, 32)),
     "convnet_aig": ({"depth": 14}, (6, 3, 32, 32)),
+    "deebert": ({"words": 12, "layers": 3, "width": 8, "heads": 2, "threshold": 0.99}, (6, 5)),
+    "pabee": ({"words": 12, "layers": 4, "width": 8, "heads": 2, "patience": 1}, (6, 5)),
     "ranet": ({"step": 1, "channels": 4, "growth": 4, "head_channels": 8}, (6, 3, 32, 32)),
     "stn": ({"in_chans": 1, "widths": (4, 8), "size": 12}, (6, 1, 20, 20)),
     "gfnet": ({"in_chans": 1, "size": 8, "steps": 3, "widths": (4, 4, 8), "hidden": 8, "policy": 8}, (6, 1, 20, 20)),
@@ -65,7 +67,7 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }  # fmt: skip
 """From the id of a system to the arguments of a small one and the shape of its input."""
 
-WORDS: dict[str, int] = {"lstm_jump": 12, "skim_rnn": 12, "hm_rnn": 12}
+WORDS: dict[str, int] = {"lstm_jump": 12, "skim_rnn": 12, "hm_rnn": 12, "deebert": 12, "pabee": 12}
 """Of the systems that read words: the size of the vocabulary. 0 is padding, and ends some of the texts."""
 
 SYSTEMS = list({builder(id): id for id in reversed(pliant.list_models())}.values())[::-1]

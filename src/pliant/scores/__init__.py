@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pliant.scores.confidence import Entropy, Margin, MaxProbability, Patience, Pooled
+from pliant.scores.confidence import Entropy, Margin, MaxProbability, Patience, Pooled, Steady
 from pliant.scores.gates import LinearGate, MLPGate
 from pliant.scores.guard import Guarded, LogitDistance
 from pliant.scores.halting import HaltingHead, Remainder
@@ -21,5 +21,5 @@ __all__ = [
     "ConvGate", "ElementSaliency", "Entropy", "Excitation", "GateMemory", "Guarded", "HaltingHead", "HyperCell", "KernelPredictor",
     "LinearGate", "LogitDistance", "Lookahead", "MLPGate", "Margin", "MaskHead", "MaxProbability", "Patience", "PlacePolicy",
     "PointUncertainty", "Policy", "Pooled", "PooledLinear", "Pressure", "RecurrentGate", "Remainder", "RouteGate", "Saliency",
-    "Shrink", "SideConv", "SqueezeMaskHead", "StepGate", "WhereToJump", "WhetherToJump",
+    "Shrink", "SideConv", "SqueezeMaskHead", "Steady", "StepGate", "WhereToJump", "WhetherToJump",
 ]  # fmt: skip

@@ -134,11 +134,66 @@ class Patience(Score):
 
     def step(self, x: Tensor, carry: Any) -> tuple[Tensor, Any]:
         """Scores of logits ``x`` after the exits that ``carry`` remembers."""
-        label = x.argmax(-1)
-        count = torch.zeros_like(label) if carry is None else (carry[1] + 1) * (label == carry[0])
+        said = self.said(x)
+        if carry is None:
+            count = torch.zeros(said.shape, dtype=torch.int64, device=x.device)
+        else:
+            count = (carry[1] + 1) * self.agree(said, carry[0])
         score = 1 - count.clamp(max=self.patience).to(x.dtype) / self.patience
         # A row with NaN logits agrees with nothing.
-        return torch.where(x.isnan().any(-1), torch.full_like(score, float("nan")), score), (label, count)
+        return torch.where(x.isnan().any(-1), torch.full_like(score, float("nan")), score), (said, count)
+
+    def said(self, x: Tensor) -> Tensor:
+        """What an exit says of each row: its class."""
+        return x.argmax(-1)
+
+    def agree(self, said: Tensor, before: Tensor) -> Tensor:
+        """Whether two exits say the same."""
+        return said == before
+
+
+class Steady(Patience):
+    r"""Patience for regression: exits agree where :math:`|y_k - y_{k-1}| < \tau`.
+
+    Shape:
+        predictions :math:`(R, 1)`; scores :math:`(R,)` in :math:`\{0, 1/t, ..., 1\}`; carries (prediction, count) per row.
+
+    Args:
+        patience: :math:`t`, exits in agreement that are enough, at least 1.
+        tau: in the units of the target, above 0.
+
+    Raises:
+        PliantError: where ``patience`` is below 1, ``tau`` isn't above 0, or there are several predictions for a row.
+
+    >>> score, carry = Steady(1, tau=0.1), None
+    >>> for y in ([[1.0]], [[1.05]]):
+    ...     s, carry = score.step(torch.tensor(y), carry)
+    ...     print(s)
+    tensor([1.])
+    tensor([0.])
+
+    References:
+        Survey section 5.1.1; Zhou et al., BERT Loses Patience, NeurIPS 2020.
+    """
+
+    def __init__(self, patience: int, *, tau: float) -> None:
+        super().__init__(patience)
+        if not tau > 0:
+            raise PliantError(got=f"tau={tau}", expected="above 0", do="pass a difference in the units of the target")
+        self.tau = tau
+
+    def said(self, x: Tensor) -> Tensor:
+        """The prediction of each row."""
+        if x.shape[1:] != (1,):
+            raise PliantError(
+                got=f"predictions of shape {tuple(x.shape)}", expected="one for each row, (R, 1)",
+                do="use Patience for classes",
+            )  # fmt: skip
+        return x.squeeze(-1)
+
+    def agree(self, said: Tensor, before: Tensor) -> Tensor:
+        """Whether two exits are near each other."""
+        return (said - before).abs() < self.tau
 
 
 class Pooled(nn.Module):

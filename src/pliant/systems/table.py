@@ -22,6 +22,8 @@ BUILDERS: dict[str, str] = {
     "sdn": "pliant.systems.depth.sdn:sdn",
     "big_little_dnn": "pliant.systems.depth.big_little_dnn:big_little_dnn",
     "convnet_aig": "pliant.systems.depth.convnet_aig:convnet_aig",
+    "deebert": "pliant.systems.depth.deebert:deebert",
+    "pabee": "pliant.systems.depth.pabee:pabee",
     "ranet": "pliant.systems.depth.ranet:ranet",
     "stn": "pliant.systems.spatial.stn:stn",
     "sact": "pliant.systems.depth.sact:sact",
