@@ -46,23 +46,15 @@ class Recurrent(Executor):
         return state[0]
 
     def gathered(self, x: Tensor, there: Tensor | None = None, given: Tensor | None = None) -> Tensor:
-        """The cell for the rows that chose it. Steps that all rows are known to hold are jumped over."""
-        state, t = self.cell.start(x.shape[0]), 0
-        while t < x.shape[1]:
-            held = self._held(state, x.shape[1] - t) if given is None and there is None else 0
-            if held:
-                state, t = self.cell.wait(state, held), t + held
-                continue
+        """The cell for the rows that chose it."""
+        state = self.cell.start(x.shape[0])
+        for t in range(x.shape[1]):
             decision = self._decide(x, state, given, t)
-            state, t = _only(there, t, self._step(decision, x[:, t], state), state), t + 1
+            state = _only(there, t, self._step(decision, x[:, t], state), state)
         return state[0]
 
     def _decide(self, x: Tensor, state: State, given: Tensor | None, t: int) -> Decision:
         return self.site((x[:, t], state), given=None if given is None else given[:, t], visit=t)
-
-    def _held(self, state: State, left: int) -> int:
-        """How many of the next ``left`` steps no row will run, where that is known already."""
-        return 0
 
     @abstractmethod
     def _saved(self, decision: Decision, x: Tensor, state: State) -> State:
@@ -78,8 +70,8 @@ class Hold(Recurrent):
 
     .. math:: s_t = u_t\, S(s_{t-1}, x_t) + (1 - u_t)\, s_{t-1}
 
-    Where the scorer can tell the scores of steps to come (it has ``ahead``) and nobody records, steps that no row will run
-    are jumped over in one go: with one row, inference goes from update to update, and inputs in between aren't read at all.
+    Where the scorer knows when its score will pass a threshold if nothing is run before (it has ``until``), one row alone
+    that nobody records goes from update to update: inputs in between aren't read at all.
 
     Shape:
         ``x`` :math:`(R, T, ...)`; ``there`` :math:`(R, T)` bool; returns the cell's output after the last step; ``given``
@@ -99,17 +91,25 @@ class Hold(Recurrent):
         Survey section 4.1.1 (1); Campos et al., Skip RNN, ICLR 2018.
     """
 
-    def _held(self, state: State, left: int) -> int:
-        ahead, rule = getattr(self.site.scorer, "ahead", None), self.site.rule
-        threshold = hasattr(rule, "threshold") or hasattr(getattr(rule, "rule", None), "threshold")
-        few = 0 < state[0].shape[0] <= _FEW
-        if ahead is None or not threshold or not few or tape.tape() is not None or torch.compiler.is_compiling():
-            return 0
-        outcome = rule(ahead(state, left))
-        if outcome.log_prob is not None or outcome.weight:  # a draw would be another one when its step has come
-            return 0
-        runs = (outcome.value != 0).any(0).nonzero()
-        return left if runs.shape[0] == 0 else int(runs[0])
+    def gathered(self, x: Tensor, there: Tensor | None = None, given: Tensor | None = None) -> Tensor:
+        """The cell for the rows that chose it; one row alone goes from update to update."""
+        if x.shape[0] == 1 and given is None and there is None and tape.tape() is None:
+            threshold = _foreseen(self.site, x)
+            if threshold is not None:
+                return self._jump(x, threshold)
+        return super().gathered(x, there, given)
+
+    def _jump(self, x: Tensor, threshold: float) -> Tensor:
+        """The output for one row, whose scores are known ahead while it holds its state."""
+        until: Any = self.site.scorer.until
+        state, t = self.cell.start(1), 0
+        while True:
+            held = until(state, threshold)
+            if held >= x.shape[1] - t:
+                return self.cell.wait(state, x.shape[1] - t)[0]
+            if held:
+                state, t = self.cell.wait(state, held), t + held
+            state, t = self.cell(x[:, t], state), t + 1
 
     def _saved(self, decision: Decision, x: Tensor, state: State) -> State:
         return self.cell.wait(state)
@@ -118,7 +118,15 @@ class Hold(Recurrent):
         return rows.run_some(self.site, decision, self.cell, (x, state), rows.replaced, lambda: self.cell.wait(state))
 
 
-_FEW = 4  # among more rows, one nearly always runs
+def _foreseen(site: Site, like: Tensor) -> float | None:
+    """The site's threshold, where its scorer knows when it will be passed and its rule does nothing but compare."""
+    rule: Any = getattr(site.rule, "rule", site.rule)  # an estimator holds the rule that it's an estimator of
+    if not hasattr(site.scorer, "until") or not hasattr(rule, "threshold") or torch.compiler.is_compiling():
+        return None
+    outcome = site.rule(like.new_zeros(1))
+    if outcome.log_prob is not None or outcome.weight or outcome.soft is outcome.value:  # it draws, or weighs
+        return None
+    return float(rule.threshold)
 
 
 class Partial(Recurrent):

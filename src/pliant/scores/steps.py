@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from typing import Any
 
 import torch
@@ -23,8 +25,8 @@ class Pressure(Score):
     >>> state = torch.tensor([0.3, 0.3]), torch.tensor([1.0, 2.0])
     >>> Pressure()((None, state))
     tensor([0.3000, 0.6000])
-    >>> Pressure().ahead(state, 4)[0]
-    tensor([0.3000, 0.6000, 0.9000, 1.0000])
+    >>> Pressure().until((torch.tensor([0.2]), torch.tensor([1.0])), threshold=0.5)
+    2
 
     References:
         Survey sections 4.1.1 (1) and 5.1.3; Campos et al., Skip RNN, ICLR 2018.
@@ -35,11 +37,30 @@ class Pressure(Score):
         *_, increment, count = x[1]
         return (count * increment).clamp(max=1)
 
-    def ahead(self, state: Any, steps: int) -> Tensor:
-        """The urge at this and the following steps if none of them updates, (R, steps)."""
+    def until(self, state: Any, threshold: float) -> float:
+        """How many more steps one row holds its state before its score passes ``threshold``; infinite for never."""
         *_, increment, count = state
-        later = torch.arange(steps, dtype=count.dtype, device=count.device)
-        return ((count.unsqueeze(1) + later) * increment.unsqueeze(1)).clamp(max=1)
+        one, seen, rounded = float(increment), float(count), _ROUND.get(increment.dtype, _exact)
+        if threshold < 0 or math.isnan(one):  # a broken row runs: NaN passes any threshold
+            return 0
+        if threshold >= 1 or one == 0:
+            return math.inf
+        held = max(0, int(threshold / one - seen) - 1)  # from here on by the very numbers that forward compares
+        while min(1.0, rounded((seen + held) * one)) <= threshold:
+            held += 1
+        return held
+
+
+def _exact(value: float) -> float:
+    return value
+
+
+def _single(value: float) -> float:
+    """``value`` rounded to float32: a product of a float32 and a small whole number is exact before that."""
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+_ROUND = {torch.float32: _single}
 
 
 class StepGate(Score):
