@@ -80,7 +80,7 @@ def skimmed_alone(net: Partial, row: Tensor, values: list[float], there: list[bo
             h, c = new_h[0], new_c[0]
         else:
             d = small.small  # pyright: ignore[reportAttributeAccessIssue]
-            i, f, g, o = small.gates(torch.cat([row[t], h])).split(d)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+            g, i, f, o = small.gates(torch.cat([row[t], h])).split(d)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
             head = f.sigmoid() * c[:d] + i.sigmoid() * g.tanh()
             c = torch.cat([head, c[d:]])
             h = torch.cat([o.sigmoid() * head.tanh(), h[d:]])

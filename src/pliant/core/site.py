@@ -156,6 +156,8 @@ class Site(nn.Module):
 
 
 def _first(x: Any) -> Tensor:
+    if type(x) is tuple and x and isinstance(x[0], Tensor):  # a recurrent step's input and state: at every step
+        return x[0]
     for leaf in pytree.tree_leaves(x):
         if isinstance(leaf, Tensor):
             return leaf

@@ -186,7 +186,7 @@ class Pressed(Cell):
 class SmallLSTM(nn.Module):
     r"""A small LSTM that sees the whole state of a large one and writes only its first :math:`d'` dimensions.
 
-    .. math:: (i, f, g, o) = W [x; h] + b, \qquad c_{1:d'} = \sigma(f)\,c_{1:d'} + \sigma(i) \tanh(g), \qquad
+    .. math:: (g, i, f, o) = W [x; h] + b, \qquad c_{1:d'} = \sigma(f)\,c_{1:d'} + \sigma(i) \tanh(g), \qquad
               h_{1:d'} = \sigma(o) \tanh(c_{1:d'})
 
     The other dimensions of :math:`h` and :math:`c` stay as they are.
@@ -215,7 +215,7 @@ class SmallLSTM(nn.Module):
     def forward(self, x: Tensor, state: State) -> State:
         """The state with its first dimensions written."""
         h, c = state
-        i, f, g, o = self.gates(torch.cat([x, h], 1)).chunk(4, 1)
-        head = f.sigmoid() * c[:, : self.small] + i.sigmoid() * g.tanh()
-        out = o.sigmoid() * head.tanh()
-        return torch.cat([out, h[:, self.small :]], 1), torch.cat([head, c[:, self.small :]], 1)
+        gates, small = self.gates(torch.cat([x, h], 1)), self.small
+        i, f, o = gates[:, small:].sigmoid().chunk(3, 1)
+        head = f * c[:, :small] + i * gates[:, :small].tanh()
+        return torch.cat([o * head.tanh(), h[:, small:]], 1), torch.cat([head, c[:, small:]], 1)

@@ -165,6 +165,10 @@ def run_either(site: Site, decision: Decision, runs: tuple[Callable[..., Rows], 
         off, on = (run_masked(site, decision, choice, run, x) for choice, run in enumerate(runs))
         return mix(decision, on, off)
     value = decision.value.detach()
+    if value.shape[0] == 1 and not torch.compiler.is_compiling():  # one or the other: nothing to sort, as in run_some
+        choice = int(value.item() != 0)
+        with tape.part(site, decision.visit, str(choice)):
+            return runs[choice](x)
     return run_each(site, decision, (value == 0, value != 0), runs, x)
 
 

@@ -21,6 +21,9 @@ class Recurrent(Executor):
 
     The site sees the input of the step and the state before it, ``(x_t, state)``, and is visited once a step. A step that is
     not ``there`` (padding) leaves the state as it was, whatever was decided.
+
+    One row alone that nobody records needs no decisions written down: where the rule does nothing but compare, its score is
+    compared here, and the numbers are the same.
     """
 
     def __init__(self, cell: Cell, site: Site) -> None:
@@ -40,25 +43,41 @@ class Recurrent(Executor):
         state = self.cell.start(x.shape[0])
         for t in range(x.shape[1]):
             decision = self._decide(x, state, given, t)
-            on = rows.run_masked(self.site, decision, 1, self.cell, x[:, t], state)
-            new = rows.mix(decision, on, self._saved(decision, x[:, t], state))
-            state = _only(there, t, new, state)
+            on, off = (
+                rows.run_masked(self.site, decision, k, run, x[:, t], state)
+                for k, run in ((1, self.cell), (0, self._save))
+            )
+            state = _only(there, t, rows.mix(decision, on, off), state)
         return state[0]
 
     def gathered(self, x: Tensor, there: Tensor | None = None, given: Tensor | None = None) -> Tensor:
         """The cell for the rows that chose it."""
+        if x.shape[0] == 1 and given is None and tape.tape() is None and not torch.compiler.is_compiling():
+            threshold = _compares(self.site, x)
+            if threshold is not None:
+                return self._alone(x, there, threshold)
         state = self.cell.start(x.shape[0])
         for t in range(x.shape[1]):
             decision = self._decide(x, state, given, t)
             state = _only(there, t, self._step(decision, x[:, t], state), state)
         return state[0]
 
+    def _alone(self, x: Tensor, there: Tensor | None, threshold: float) -> Tensor:
+        """One row, each of whose scores is compared with the threshold."""
+        state, scorer = self.cell.start(1), self.site.scorer
+        real = range(x.shape[1]) if there is None else there[0].nonzero().squeeze(1).tolist()
+        for t in real:
+            step = x[:, t], state
+            saves = scorer(step).item() <= threshold  # not so for NaN, which runs
+            state = self._save(*step) if saves else self.cell(*step)
+        return state[0]
+
     def _decide(self, x: Tensor, state: State, given: Tensor | None, t: int) -> Decision:
         return self.site((x[:, t], state), given=None if given is None else given[:, t], visit=t)
 
     @abstractmethod
-    def _saved(self, decision: Decision, x: Tensor, state: State) -> State:
-        """The state of every row if it saves."""
+    def _save(self, x: Tensor, state: State) -> State:
+        """The state after a step that saves."""
 
     @abstractmethod
     def _step(self, decision: Decision, x: Tensor, state: State) -> State:
@@ -91,17 +110,11 @@ class Hold(Recurrent):
         Survey section 4.1.1 (1); Campos et al., Skip RNN, ICLR 2018.
     """
 
-    def gathered(self, x: Tensor, there: Tensor | None = None, given: Tensor | None = None) -> Tensor:
-        """The cell for the rows that chose it; one row alone goes from update to update."""
-        if x.shape[0] == 1 and given is None and there is None and tape.tape() is None:
-            threshold = _foreseen(self.site, x)
-            if threshold is not None:
-                return self._jump(x, threshold)
-        return super().gathered(x, there, given)
-
-    def _jump(self, x: Tensor, threshold: float) -> Tensor:
-        """The output for one row, whose scores are known ahead while it holds its state."""
-        until: Any = self.site.scorer.until
+    def _alone(self, x: Tensor, there: Tensor | None, threshold: float) -> Tensor:
+        """One row; from update to update where the scorer knows them ahead."""
+        until: Any = getattr(self.site.scorer, "until", None)
+        if until is None or there is not None:
+            return super()._alone(x, there, threshold)
         state, t = self.cell.start(1), 0
         while True:
             held = until(state, threshold)
@@ -111,22 +124,11 @@ class Hold(Recurrent):
                 state, t = self.cell.wait(state, held), t + held
             state, t = self.cell(x[:, t], state), t + 1
 
-    def _saved(self, decision: Decision, x: Tensor, state: State) -> State:
+    def _save(self, x: Tensor, state: State) -> State:
         return self.cell.wait(state)
 
     def _step(self, decision: Decision, x: Tensor, state: State) -> State:
         return rows.run_some(self.site, decision, self.cell, (x, state), rows.replaced, lambda: self.cell.wait(state))
-
-
-def _foreseen(site: Site, like: Tensor) -> float | None:
-    """The site's threshold, where its scorer knows when it will be passed and its rule does nothing but compare."""
-    rule: Any = getattr(site.rule, "rule", site.rule)  # an estimator holds the rule that it's an estimator of
-    if not hasattr(site.scorer, "until") or not hasattr(rule, "threshold") or torch.compiler.is_compiling():
-        return None
-    outcome = site.rule(like.new_zeros(1))
-    if outcome.log_prob is not None or outcome.weight or outcome.soft is outcome.value:  # it draws, or weighs
-        return None
-    return float(rule.threshold)
 
 
 class Partial(Recurrent):
@@ -157,12 +159,23 @@ class Partial(Recurrent):
         super().__init__(cell, site)
         self.small = small
 
-    def _saved(self, decision: Decision, x: Tensor, state: State) -> State:
-        return rows.run_masked(self.site, decision, 0, self.small, x, state)
+    def _save(self, x: Tensor, state: State) -> State:
+        return self.small(x, state)
 
     def _step(self, decision: Decision, x: Tensor, state: State) -> State:
         runs = (lambda s: self.small(*s), lambda s: self.cell(*s))
         return rows.run_either(self.site, decision, runs, (x, state))
+
+
+def _compares(site: Site, like: Tensor) -> float | None:
+    """The site's threshold, where its rule does nothing but compare scores with it."""
+    rule: Any = getattr(site.rule, "rule", site.rule)  # an estimator holds the rule that it's an estimator of
+    if not hasattr(rule, "threshold") or (rule is not site.rule and hasattr(site.rule, "threshold")):
+        return None  # none to compare with, or a rule that sets it as it sees the scores
+    outcome = site.rule(torch.zeros(1, device=like.device))
+    if outcome.log_prob is not None or outcome.weight or outcome.soft is outcome.value:  # it draws, or weighs
+        return None
+    return float(rule.threshold)
 
 
 def _only(there: Tensor | None, t: int, new: State, old: State) -> Any:
