@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import mean
 from typing import Any
 
 import torch
-from _common import LAST_ONLY, right, seeded, trained
+from _common import LAST_ONLY, right, seeded
 from torch import Tensor, nn
 
 from pliant import bind, record, rules
@@ -17,8 +18,10 @@ from pliant.core.site import Outcome
 from pliant.cost import interleaved
 from pliant.data import Dataset
 from pliant.reproduce import Lab
+from pliant.train import Fit, fit
 
 Build = Callable[[], nn.Module]
+BATCH = 32
 
 
 class Same(rules.Rule):
@@ -54,9 +57,15 @@ def race(
     found: dict[str, list[Any]] = {name: [] for name in builds}
     for seed in seeds:
         for name, build in builds.items():
-            what = f"{name}, seed {seed}"
-            found[name].append(trained(lab, what, seeded(seed, build), data, phases, loss=LAST_ONLY, seed=seed))
+            model, done = seeded(seed, build), itertools.count(1)
+            told = partial(_told, lab, f"{name}, seed {seed}", done, sum(p.epochs for p in phases))
+            fit(model, data.train, LAST_ONLY, phases, options=Fit(batch_size=BATCH, seed=seed, on_epoch=told))
+            found[name].append(model.eval())
     return found
+
+
+def _told(lab: Lab, what: str, done: Iterator[int], of: int, epoch: Mapping[str, Any]) -> None:
+    lab.progress(what, next(done), of)
 
 
 def scored(nets: Mapping[str, Sequence[nn.Module]], data: Dataset) -> dict[str, list[float]]:
