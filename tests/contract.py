@@ -39,6 +39,8 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "senet": ({"depth": 8, "widths": (4, 8, 8), "reduction": 2}, (6, 3, 12, 12)),
     "dy_relu": ({"widths": (4, 8), "depth": 1, "form": "place"}, (6, 3, 12, 12)),
     "sgd_dynamic_parameters": ({"widths": (4, 8, 8), "depth": 1, "experts": 3}, (6, 3, 12, 12)),
+    "sparsely_gated_moe": ({"words": 12, "width": 8, "hidden": 4, "experts": 3}, (6, 5)),
+    "switch_transformer": ({"words": 12, "layers": 2, "width": 8, "heads": 2, "experts": 3, "length": 5}, (6, 5)),
     "fbs": ({"layers": ((8, 1), (8, 2), (12, 1))}, (6, 3, 12, 12)),
     "lstm_jump": ({"words": 12, "embedding": 4, "hidden": 6, "span": 2, "most": 3, "jumps": 2}, (6, 9)),
     "adaframe": (
@@ -67,7 +69,9 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }  # fmt: skip
 """From the id of a system to the arguments of a small one and the shape of its input."""
 
-WORDS: dict[str, int] = {"lstm_jump": 12, "skim_rnn": 12, "hm_rnn": 12, "deebert": 12, "pabee": 12}
+WORDS: dict[str, int] = dict.fromkeys(
+    ("lstm_jump", "skim_rnn", "hm_rnn", "deebert", "pabee", "sparsely_gated_moe", "switch_transformer"), 12
+)
 """Of the systems that read words: the size of the vocabulary. 0 is padding, and ends some of the texts."""
 
 SYSTEMS = list({builder(id): id for id in reversed(pliant.list_models())}.values())[::-1]

@@ -10,6 +10,7 @@ from pliant.execute.cursor import Classify, Cursor, Jump, Move, Open, Piece, Pla
 from pliant.execute.deformed import Deformed
 from pliant.execute.equilibrium import equilibrium, scale_all, scale_last
 from pliant.execute.exits import Answer, Exits, MostConfident, MostUseful
+from pliant.execute.experts import Experts
 from pliant.execute.halting_pixels import HaltingMap, HaltingPixels
 from pliant.execute.heads import Linked
 from pliant.execute.hierarchy import Hierarchy, Level
@@ -54,6 +55,7 @@ __all__ = [
     "DynamicReLU",
     "Encoded",
     "Exits",
+    "Experts",
     "Filtered",
     "Forget",
     "GRUStep",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pliant.core.site import Rule
 from pliant.rules.budget import AtMost
+from pliant.rules.experts import Switch, TopKSoftmax
 from pliant.rules.fixed import Always, Given, Never, Random
 from pliant.rules.forced import Forced
 from pliant.rules.halting import Halting
@@ -29,7 +30,9 @@ __all__ = [
     "SmoothStep",
     "Softmax",
     "SpatialSoftmax",
+    "Switch",
     "Threshold",
     "TopK",
+    "TopKSoftmax",
     "Uniform",
 ]

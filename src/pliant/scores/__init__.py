@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pliant.scores.confidence import Entropy, Margin, MaxProbability, Patience, Pooled, Steady
+from pliant.scores.experts import Noise, NoisyRouter, Router
 from pliant.scores.gates import LinearGate, MLPGate
 from pliant.scores.guard import Guarded, LogitDistance
 from pliant.scores.halting import HaltingHead, Remainder
@@ -19,7 +20,7 @@ from pliant.scores.steps import Pressure, StepGate
 
 __all__ = [
     "ConvGate", "ElementSaliency", "Entropy", "Excitation", "GateMemory", "Guarded", "HaltingHead", "HyperCell", "KernelPredictor",
-    "LinearGate", "LogitDistance", "Lookahead", "MLPGate", "Margin", "MaskHead", "MaxProbability", "Patience", "PlacePolicy",
-    "PointUncertainty", "Policy", "Pooled", "PooledLinear", "Pressure", "RecurrentGate", "Remainder", "RouteGate", "Saliency",
+    "LinearGate", "LogitDistance", "Lookahead", "MLPGate", "Margin", "MaskHead", "MaxProbability", "Noise", "NoisyRouter", "Patience", "PlacePolicy",
+    "PointUncertainty", "Policy", "Pooled", "PooledLinear", "Pressure", "RecurrentGate", "Remainder", "RouteGate", "Router", "Saliency",
     "Shrink", "SideConv", "SqueezeMaskHead", "Steady", "StepGate", "WhereToJump", "WhetherToJump",
 ]  # fmt: skip

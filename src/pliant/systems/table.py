@@ -44,6 +44,8 @@ BUILDERS: dict[str, str] = {
     "lstm_jump": "pliant.systems.temporal.lstm_jump:lstm_jump",
     "adaframe": "pliant.systems.temporal.adaframe:adaframe",
     "scsampler": "pliant.systems.temporal.scsampler:scsampler",
+    "sparsely_gated_moe": "pliant.systems.width.sparsely_gated_moe:sparsely_gated_moe",
+    "switch_transformer": "pliant.systems.width.switch_transformer:switch_transformer",
     "fbs": "pliant.systems.width.fbs:fbs",
     "skip_rnn": "pliant.systems.temporal.skip_rnn:skip_rnn",
     "skim_rnn": "pliant.systems.temporal.skim_rnn:skim_rnn",
