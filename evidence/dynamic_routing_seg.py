@@ -21,7 +21,7 @@ from pliant.reproduce import Claim, Lab, Table
 from pliant.train import Fit, fit
 
 torch.set_num_threads(1)
-ROWS, EPOCHS, SEEDS, SIDE = 1_200, 8, (0,), 48
+ROWS, EPOCHS, SEEDS, SIDE = 800, 7, (0,), 48
 KINDS = (1, 2, 7, 8)  # trouser, pullover, sneaker, bag
 TARGETS, WEIGHT = (0.3, 0.5, 0.7), 2.0
 DATA = (
@@ -91,10 +91,8 @@ def run(lab: Lab) -> list[Claim | Table]:
     train, test = made(lab, "train", ROWS, 0), made(lab, "test", 600, 1)
     plain_loss = Total({"task": (1.0, CrossEntropy())})
     found: dict[str, dict[str, Any]] = {}
-    for target in (None, *TARGETS):
-        loss = plain_loss
-        if target is not None:
-            loss = Total({"task": (1.0, CrossEntropy()), "cost": (WEIGHT, Scheduled(FlopsBudget(target), late))})
+    for target in TARGETS:
+        loss = Total({"task": (1.0, CrossEntropy()), "cost": (WEIGHT, Scheduled(FlopsBudget(target), late))})
         model = seeded(0, lambda: create_model("dynamic_routing_seg", **CONFIG))
         train_(lab, f"target {target}", model, train, loss)
         found[str(target)] = {**measured(model, test), "model": model}
@@ -104,7 +102,7 @@ def run(lab: Lab) -> list[Claim | Table]:
     train_(lab, "static sub-network", net, train, plain_loss)
     static = measured(net, test)
     apart = [abs(found[str(t)]["share"] / t - 1) for t in TARGETS]
-    seconds = timed([found[str(t)]["model"] for t in (*TARGETS, None)], test.x[:32])
+    seconds = timed([found[str(t)]["model"] for t in TARGETS], test.x[:32])
     fine = {k: [float(v["fine"][test.small].mean()), float(v["fine"][~test.small].mean())] for k, v in found.items()}
     small, large = fine[str(TARGETS[1])]
     zeros = middle["zeros"]
@@ -135,7 +133,7 @@ def run(lab: Lab) -> list[Claim | Table]:
         ),
         Claim(
             "real time falls with the target, 32 images",
-            ", ".join(f"{s / seconds[-1]:.2f}" for s in seconds[:-1]) + " of the network without a target",
+            ", ".join(f"{s / seconds[-1]:.2f}" for s in seconds[:-1]) + f" of the time at {TARGETS[-1]}",
             "falls",
             all(a < b for a, b in pairwise(seconds)),
             seconds,

@@ -26,8 +26,8 @@ from pliant.tune import collect, search
 from pliant.tune.held_out import run as really
 
 torch.set_num_threads(1)
-ROWS, SEEDS, SIDE, DRAWN, SIZE, STEPS, PIECES = 5_000, (0,), 96, 18, 32, 4, 10
-EPOCHS = {"random places": 8, "policy": 10, "fine-tuned": 4, "backbone": 5}
+ROWS, SEEDS, SIDE, DRAWN, SIZE, STEPS, PIECES = 3_500, (0,), 96, 18, 32, 4, 10
+EPOCHS = {"random places": 6, "policy": 6, "fine-tuned": 2, "backbone": 3}
 DATA = (
     f"made of UCI's digits: one drawn {DRAWN} pixels wide anywhere on {SIDE} by {SIDE}, with {PIECES} pieces of 9 pixels torn from others; "
     f"patches of {SIZE}; {ROWS:,} training, 1,500 held-out and 2,000 test scenes"

@@ -15,7 +15,7 @@ from pliant.systems.resolutions import FusionBlock
 from pliant.tune import search
 from pliant.tune.held_out import HeldOut
 
-ROWS, EPOCHS, SEEDS = 6_000, 5, (0, 1)
+ROWS, EPOCHS, SEEDS = 4_000, 4, (0, 1)
 DATA = told(ROWS, "; the YAML's claims are for CIFAR-10")
 OURS = {"step": 2, "channels": 8, "growth": 6, "head_channels": 32}
 RIVAL = {"exits": 6, "base": 1, "step": 1, "growing": 0, "channels": 8, "growth": 6, "head_channels": 32}
