@@ -61,7 +61,8 @@ Term = Callable[[Tensor, Trace, Tensor, float], Tensor] | Further
 
 __all__ = [
     "Again", "BlockBounds", "BlockDropReward", "Critic", "CrossEntropy", "Dual", "EntropyBonus", "FlopsBudget",
-    "Further", "GateL1", "GlobalTargetRate", "Hybrid", "Importance", "JointCritic", "LeaveOneOut", "Load", "MarginGain", "MarginReturns", "MovingAverage", "MultiExit",
+    "Further", "GateL1", "GlobalTargetRate", "Hybrid", "Importance", "JointCritic", "LeaveOneOut", "Load", "MarginGain",
+    "MarginReturns", "MovingAverage", "MultiExit",
     "OneForAll", "PointLoss", "Pointwise", "Ponder", "Priced", "QLearning", "Ranking", "Reinforce", "ResourceAware",
     "Sandwich", "Saving", "Scheduled", "SelfCritical", "SkipNetReturns", "StepPenalty", "SubnetworkDistillation", "SwitchBalance", "TargetRate",
     "TaughtExits", "Term", "Total", "ValueLoss", "above", "bernoulli", "by_cost", "by_depth", "categorical",

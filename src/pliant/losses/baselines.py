@@ -145,8 +145,27 @@ class Critic(Score):
         scores, inner = self.scorer.step(x, inner) if isinstance(self.scorer, Score) else (self.scorer(x), inner)
         if not self.training:
             return scores, inner
-        value = self.head(pytree.tree_map(lambda t: t.detach(), x))
+        value = self.head(self.seen(x))
         return scores, Valued(value.squeeze(-1) if value.ndim == 2 else value, inner)
+
+    def seen(self, x: Any) -> Any:
+        """What the head is shown: the features without their gradient."""
+        return pytree.tree_map(lambda t: t.detach(), x)
+
+
+class JointCritic(Critic):
+    """A critic whose loss teaches the features too, where their memory has to hold what's expected (AdaFrame).
+
+    >>> critic = JointCritic(nn.Linear(2, 1), nn.Linear(2, 1))
+    >>> x = torch.zeros(3, 2, requires_grad=True)
+    >>> critic.step(x, None)[1].value.sum().backward()
+    >>> x.grad.shape
+    torch.Size([3, 2])
+    """
+
+    def seen(self, x: Any) -> Any:
+        """The features as they are."""
+        return x
 
 
 def values(trace: Trace) -> Tensor:

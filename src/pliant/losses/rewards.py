@@ -248,17 +248,20 @@ class MarginGain:
 
     def __call__(self, y: Tensor, trace: Trace, target: Tensor) -> Tensor:
         """The reward of each visit and row."""
-        visits = len(sampled(trace))
+        self.check(trace, len(sampled(trace)))
+        margins, here = zip(*(self.margin(e, target, trace.batch) for e in trace.exits), strict=True)
+        best = torch.stack(margins).cummax(0).values
+        return torch.where(torch.stack(here[1:]), best.diff(dim=0) - self.price, 0.0)
+
+    def check(self, trace: Trace, visits: int) -> None:
+        """Refuse a trace without an exit before, between and behind the visits."""
         if len(trace.exits) != visits + 1:
             raise PliantError(
                 got=f"{len(trace.exits)} exits after {visits} drawn visits", expected="one more than the visits",
                 do="use a chain with an exit after each look, whose places are drawn",
             )  # fmt: skip
-        margins, here = zip(*(self._margin(e, target, trace.batch) for e in trace.exits), strict=True)
-        best = torch.stack(margins).cummax(0).values
-        return torch.where(torch.stack(here[1:]), best.diff(dim=0) - self.price, 0.0)
 
-    def _margin(self, e: Exit, target: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    def margin(self, e: Exit, target: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """The margin of every row of the batch at one exit, -1 where it never came, and who came."""
         p = e.logits.detach().softmax(-1)
         of = target if e.rows is None else target[e.rows]

@@ -12,7 +12,7 @@ from pliant.estimators.gaussian import Gaussian
 from pliant.execute.cursor import Classify, Cursor, Open, Place, Reader, Reading
 from pliant.execute.exits import Exits, MostUseful
 from pliant.execute.heads import PooledClassifier
-from pliant.losses.baselines import Critic
+from pliant.losses.baselines import JointCritic
 from pliant.rules.threshold import Threshold
 from pliant.scores.confidence import Pooled
 from pliant.scores.gates import LinearGate
@@ -44,7 +44,7 @@ def glancing(
         LinearGate(hidden, bias=0.0),
         Place(),
     )
-    critic = Critic(scorer, utility)
+    critic = JointCritic(scorer, utility)
     stages = [
         Open(reader, at=0.5),
         *(Cursor(Site(critic, Gaussian(std=std)), move, reader) for _ in range(steps - 1)),
@@ -62,8 +62,8 @@ def adaframe(
     .. math:: h_t = \mathrm{LSTM}([f(x_{a_t}); u_t; a_t], h_{t-1}), \quad u_t = \mathrm{attend}(h_{t-1}, \mathrm{overview}(x)), \quad
         a_{t+1} \sim N(\sigma(w h_t), \text{std}^2), \quad V_t = v h_t
 
-    Train all steps with ``sites.*`` bound to ``pliant.rules.Always``: cross-entropy, ``Reinforce`` of the discounted
-    ``MarginGain`` with ``baseline=pliant.losses.learned``, and ``ValueLoss``. Then patience and margin trade looks for accuracy: a
+    Train all steps with ``sites.*`` bound to ``pliant.rules.Always``: cross-entropy, ``Reinforce`` of
+    ``MarginReturns`` with ``baseline=pliant.losses.learned``, and ``ValueLoss``. Then patience and margin trade looks for accuracy: a
     row stops at the ``patience``-th look that expects ``margin`` less than the most so far (``sites.*``, threshold 0.5 less the
     patience), and answers as after the look that promised most.
 
