@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pliant
 import pliant.systems.temporal.adaframe
-from pliant import Decision, PliantError, Site, Trace, rules
+from pliant import Decision, PliantError, Site, Trace, losses, rules
 from pliant.data import Decode
 from pliant.estimators import Categorical
 from pliant.execute import Cursor, Exits, Jump, Move, Open, Piece, Place, Reader, Reading, Say, Store
@@ -260,6 +260,30 @@ def test_adaframe_look_by_look() -> None:
     assert (1 + gone_on).tolist() == looks
     patient = pliant.bind(model, {"sites.*": rules.Threshold(0.5 - 3)})
     assert bool((pliant.record(patient)(x)[1].flops >= trace.flops).all())
+
+
+def test_what_a_look_gained_and_what_is_to_come_row_by_row() -> None:
+    torch.manual_seed(0)
+    model = pliant.create_model(
+        "adaframe", num_classes=3, in_chans=1, steps=3, depth=8, widths=(4, 4, 8), hidden=8
+    ).train()
+    target = torch.tensor([0, 1, 2, 0])
+    y, trace = pliant.record(pliant.bind(model, {"sites.*": rules.Always()}))(torch.randn(4, 9, 1, 12, 12))
+    got = losses.MarginReturns(0.9)(y, trace, target)
+    for r in range(4):
+        best, gains = 0.0, []
+        for e in trace.exits:
+            p = e.logits[r].detach().softmax(0).tolist()
+            margin = p[target[r]] - max(p[c] for c in range(3) if c != target[r])
+            gains.append(max(0.0, margin - best))
+            best = max(best, margin)
+        want = [gains[0] + 0.9 * (gains[1] + 0.9 * gains[2]), gains[1] + 0.9 * gains[2]]
+        torch.testing.assert_close(got[:, r], torch.tensor(want), rtol=1e-4, atol=1e-5)
+    with pytest.raises(PliantError, match=r"discount 2; expected within \[0, 1\]"):
+        losses.MarginReturns(2)
+    found = losses.ValueLoss(losses.MarginReturns(0.9))(y, trace, target, 0.0)
+    found.backward()
+    assert model.stages[0].reader.cell.weight_hh.grad.any()  # the critic teaches the memory
 
 
 def test_two_draws_are_one_softmax_over_stopping_and_jumps() -> None:
