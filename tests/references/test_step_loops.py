@@ -113,7 +113,7 @@ def levels_alone(net: Hierarchy, row: Tensor, values: list[list[float]]) -> Tens
             if ended[n]:
                 c[n] = i.sigmoid() * g.tanh()  # FLUSH
             else:
-                c[n] = (f + 1).sigmoid() * c[n] + i.sigmoid() * g.tanh()  # UPDATE
+                c[n] = f.sigmoid() * c[n] + i.sigmoid() * g.tanh()  # UPDATE
             h[n] = o.sigmoid() * c[n].tanh()
             ended[n] = n < top and values[t][n] == 1
             below, closed = h[n], ended[n]

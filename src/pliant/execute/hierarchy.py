@@ -22,7 +22,7 @@ class Level(nn.Module):
 
     .. math::
         (f, i, o, g), \tilde z = W [z^b h^b; h; z h^a] + b, \qquad
-        c' = (1 - z)\,\sigma(f + 1)\,c + \sigma(i) \tanh(g), \qquad h' = \sigma(o) \tanh(c')
+        c' = (1 - z)\,\sigma(f)\,c + \sigma(i) \tanh(g), \qquad h' = \sigma(o) \tanh(c')
 
     with the state :math:`h, c` of the step before and whether it ended a segment there, :math:`z`; the state below
     :math:`h^b` and whether it has just ended one, :math:`z^b`; and the state above, :math:`h^a`, of the step before. So
@@ -52,6 +52,8 @@ class Level(nn.Module):
         self.linear = nn.Linear(below + hidden + above, 4 * hidden + 1)
         self.gain = nn.Parameter(torch.ones(4, hidden))
         self.shift = nn.Parameter(torch.zeros(4, hidden))
+        with torch.no_grad():
+            self.shift[0] = 1.0  # the forget gate starts open
         nn.init.constant_(self.linear.bias, 0.0)
         nn.init.constant_(self.linear.bias[-1:], bias)
 
@@ -61,10 +63,11 @@ class Level(nn.Module):
         """Next output and memory, and the score of ending a segment here."""
         ended, closed = ended.unsqueeze(1), closed.unsqueeze(1)
         sums = self.linear(torch.cat([closed * below, h, ended * above], 1))
-        gates = F.layer_norm(sums[:, :-1].unflatten(1, (4, -1)), (self.hidden,)) * self.gain + self.shift
-        f, i, o, g = gates.unbind(1)
-        c = (1 - ended) * (f + 1).sigmoid() * c + i.sigmoid() * g.tanh()
-        return o.sigmoid() * c.tanh(), c, sums[:, -1:]
+        normed = F.layer_norm(sums[:, :-1].unflatten(1, (4, -1)), (self.hidden,))
+        gates = torch.addcmul(self.shift, normed, self.gain)
+        f, i, o = gates[:, :3].sigmoid().unbind(1)
+        c = (1 - ended) * f * c + i * gates[:, 3].tanh()
+        return o * c.tanh(), c, sums[:, -1:]
 
 
 class Hierarchy(Executor):
@@ -198,8 +201,7 @@ def _runs(state: tuple[Any, ...]) -> Tensor:
 
 
 def _blend(share: Tensor, on: Tensor, off: Tensor) -> Tensor:
-    share = share.unsqueeze(1)
-    return share * on + (1 - share) * off
+    return torch.lerp(off, on, share.unsqueeze(1))
 
 
 def _copy(below: Tensor, closed: Tensor, h: Tensor, c: Tensor, *_: Any) -> _Found:
