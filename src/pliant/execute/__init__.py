@@ -26,7 +26,9 @@ from pliant.execute.kernels import (
     ScaledPlaces,
     Steps,
 )
+from pliant.execute.levels import Levels
 from pliant.execute.loop import Halted, Halting
+from pliant.execute.norm import NormBank
 from pliant.execute.pixels import Branch, Pixels
 from pliant.execute.planned import Planned
 from pliant.execute.points import Refine
@@ -72,6 +74,7 @@ __all__ = [
     "KernelGenerator",
     "LSTMStep",
     "Level",
+    "Levels",
     "Linked",
     "MixedConv2d",
     "Look",
@@ -79,6 +82,7 @@ __all__ = [
     "MostUseful",
     "Move",
     "Node",
+    "NormBank",
     "Open",
     "Operation",
     "Partial",

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from pliant.core.errors import PliantError
 from pliant.core.site import Outcome
+from pliant.execute.levels import Levels
 from pliant.execute.skip import Carried, Residual, Skip
 
 
 def gated(module: nn.Module) -> bool:
     """Whether a block of a chain decides."""
-    return isinstance(module, (Skip, Residual))
+    return isinstance(module, (Skip, Residual, Levels))
 
 
 class Chain(nn.Module):

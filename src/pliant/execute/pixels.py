@@ -18,6 +18,7 @@ from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
 from pliant.core.site import Outcome, Site
 from pliant.execute import rows
+from pliant.execute.norm import executed_norm
 from pliant.functional.sparse_conv import Places, add, convolve, dilate, linear, pad_map, pad_rows, places, take
 
 _POINTWISE = (
@@ -131,41 +132,6 @@ def _convolve(conv: nn.Conv2d, x: Tensor, at: Places | None, there: Places) -> T
     return convolve(
         padded, there, conv.weight, conv.bias, stride=conv.stride[0], dilation=conv.dilation[0], groups=conv.groups
     )
-
-
-def executed_norm(norm: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""Batch norm over rows that run, channels last; while training, of ``mask`` (..., 1) where there is one.
-
-    The masked and the gathered form so train alike: what isn't executed says nothing about the statistics.
-
-    >>> norm, x = nn.BatchNorm1d(1, affine=False), torch.tensor([[1.0], [3.0], [99.0]])
-    >>> executed_norm(norm, x, torch.tensor([[1.0], [1.0], [0.0]])).round()[:2].flatten()
-    tensor([-1.,  1.])
-    """
-    mean, var = norm.running_mean, norm.running_var
-    if norm.training:
-        flat = x.reshape(-1, x.shape[-1])
-        on = torch.ones_like(flat[:, :1]) if mask is None else mask.detach().reshape(-1, 1).to(x.dtype)
-        count = on.sum()
-        here = (flat * on).sum(0) / count.clamp_min(1)
-        spread = ((flat - here).square() * on).sum(0) / count.clamp_min(1)
-        enough = count > 1
-        _remember(norm, here.detach(), (spread * count / (count - 1).clamp_min(1)).detach(), enough)
-        mean, var = torch.where(enough, here, mean), torch.where(enough, spread, var)
-    scale = torch.rsqrt(var + norm.eps)
-    if norm.weight is None:
-        return (x - mean) * scale
-    scale = scale * norm.weight
-    return torch.addcmul(norm.bias - mean * scale, x, scale)
-
-
-@torch.no_grad()
-def _remember(norm: Any, mean: Tensor, var: Tensor, enough: Tensor) -> None:
-    """Update the running statistics as PyTorch does, unless fewer than two positions ran."""
-    norm.num_batches_tracked.add_(enough.to(torch.int64))
-    pace = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.clamp_min(1)
-    for old, new in ((norm.running_mean, mean), (norm.running_var, var)):
-        old.copy_(torch.where(enough, old + pace * (new.to(old.dtype) - old), old))
 
 
 class Pixels(Executor):

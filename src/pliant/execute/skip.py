@@ -19,11 +19,13 @@ class Carried(NamedTuple):
     carry: Any = None
 
 
-def _opened(x: Any) -> tuple[Any, Any]:
+def opened(x: Any) -> tuple[Any, Any]:
+    """Features and the scorers' memory, if any."""
     return x if isinstance(x, Carried) else (x, None)
 
 
-def _closed(like: Any, y: Any, carry: Any) -> Any:
+def closed(like: Any, y: Any, carry: Any) -> Any:
+    """Features ``y`` with the memory, where ``like`` came with one."""
     return Carried(y, carry) if isinstance(like, Carried) else y
 
 
@@ -57,26 +59,26 @@ class Skip(Executor):
 
     def plain(self, x: Any) -> Any:
         """The block alone."""
-        features, carry = _opened(x)
-        return _closed(x, self.block(features), carry)
+        features, carry = opened(x)
+        return closed(x, self.block(features), carry)
 
     def masked(self, x: Any, given: Tensor | Outcome | None = None) -> Any:
         """Both alternatives for every row, mixed by the value."""
-        features, carry = _opened(x)
+        features, carry = opened(x)
         decision = self.site(features, given=given, carry=carry)
         on = rows.run_masked(self.site, decision, 1, self.block, features)
         off = features if self.otherwise is None else rows.run_masked(self.site, decision, 0, self.otherwise, features)
-        return _closed(x, rows.mix(decision, on, off), decision.carry)
+        return closed(x, rows.mix(decision, on, off), decision.carry)
 
     def gathered(self, x: Any, given: Tensor | Outcome | None = None) -> Any:
         """Each alternative for its own rows."""
-        features, carry = _opened(x)
+        features, carry = opened(x)
         decision = self.site(features, given=given, carry=carry)
         if self.otherwise is None:
             y = rows.run_some(self.site, decision, self.block, (features,), rows.replaced, lambda: features)
         else:
             y = rows.run_either(self.site, decision, (self.otherwise, self.block), features)
-        return _closed(x, y, decision.carry)
+        return closed(x, y, decision.carry)
 
 
 class Residual(Executor):
@@ -109,20 +111,20 @@ class Residual(Executor):
 
     def plain(self, x: Any) -> Any:
         """Shortcut and branch, always."""
-        features, carry = _opened(x)
-        return _closed(x, self.shortcut(features) + self.branch(features), carry)
+        features, carry = opened(x)
+        return closed(x, self.shortcut(features) + self.branch(features), carry)
 
     def masked(self, x: Any, given: Tensor | Outcome | None = None) -> Any:
         """The branch for every row, weighted by the value."""
-        features, carry = _opened(x)
+        features, carry = opened(x)
         decision = self.site(features, given=given, carry=carry)
         branch = rows.run_masked(self.site, decision, 1, self.branch, features)
         y = self.shortcut(features) + rows.mix(decision, branch, torch.zeros_like(branch))
-        return _closed(x, y, decision.carry)
+        return closed(x, y, decision.carry)
 
     def gathered(self, x: Any, given: Tensor | Outcome | None = None) -> Any:
         """The branch for the rows that chose it."""
-        features, carry = _opened(x)
+        features, carry = opened(x)
         decision = self.site(features, given=given, carry=carry)
         y = rows.run_some(self.site, decision, self.branch, (features,), rows.added, lambda: self.shortcut(features))
-        return _closed(x, y, decision.carry)
+        return closed(x, y, decision.carry)

@@ -25,6 +25,7 @@ from pliant.losses.distill import (
 )
 from pliant.losses.exits import CrossEntropy, MultiExit, by_cost, by_depth, constant, ramped
 from pliant.losses.further import Again, Further, dense, frozen, itself
+from pliant.losses.levels import LevelTarget, level_shares
 from pliant.losses.margins import MarginReturns
 from pliant.losses.points import PointLoss, Pointwise
 from pliant.losses.policy import (
@@ -61,13 +62,13 @@ Term = Callable[[Tensor, Trace, Tensor, float], Tensor] | Further
 
 __all__ = [
     "Again", "BlockBounds", "BlockDropReward", "Critic", "CrossEntropy", "Dual", "EntropyBonus", "FlopsBudget",
-    "Further", "GateL1", "GlobalTargetRate", "Hybrid", "Importance", "JointCritic", "LeaveOneOut", "Load", "MarginGain",
+    "Further", "GateL1", "GlobalTargetRate", "Hybrid", "Importance", "JointCritic", "LeaveOneOut", "LevelTarget", "Load", "MarginGain",
     "MarginReturns", "MovingAverage", "MultiExit",
     "OneForAll", "PointLoss", "Pointwise", "Ponder", "Priced", "QLearning", "Ranking", "Reinforce", "ResourceAware",
     "Sandwich", "Saving", "Scheduled", "SelfCritical", "SkipNetReturns", "StepPenalty", "SubnetworkDistillation", "SwitchBalance", "TargetRate",
     "TaughtExits", "Term", "Total", "ValueLoss", "above", "bernoulli", "by_cost", "by_depth", "categorical",
     "conflict", "constant", "dense", "everywhere", "falling", "frozen", "greedy", "hard", "itself", "last_exit",
-    "learned", "load", "minus_loss", "next_exit", "nothing", "ponder", "previous_exit", "ramped", "returns", "right",
+    "learned", "level_shares", "load", "minus_loss", "next_exit", "nothing", "ponder", "previous_exit", "ramped", "returns", "right",
     "rising", "saliency_ranking", "scored", "soft", "spent", "squared", "steps", "surrogate", "used", "where_right",
 ]  # fmt: skip
 

@@ -15,19 +15,21 @@ State = tuple[Tensor, Tensor]
 
 
 class GateMemory(nn.Module):
-    r"""An LSTM of ``hidden`` units and one logit, shared by the gates of a network.
+    r"""An LSTM of ``hidden`` units and a logit or several, shared by the gates of a network.
 
     Written as two linear layers, since PyTorch's FLOP counter sees nothing of ``nn.LSTM``.
 
     Shape:
-        input :math:`(R, \text{hidden})` and a state; logits :math:`(R,)` and the next state.
+        input :math:`(R, \text{hidden})` and a state; logits :math:`(R,)` (or :math:`(R, K)` where there are
+        several) and the next state.
 
     Args:
         hidden: units; 10 in the paper.
-        bias: of the logit at the start; positive starts open.
+        bias: of the logits at the start; positive starts open.
+        outputs: :math:`K`, how many logits.
 
     Raises:
-        PliantError: where ``hidden`` is below 1.
+        PliantError: where ``hidden`` or ``outputs`` is below 1.
 
     >>> import torch
     >>> logit, state = GateMemory(4)(torch.zeros(2, 4), None)
@@ -38,14 +40,16 @@ class GateMemory(nn.Module):
         Survey section 5.1.3; Wang et al., SkipNet, ECCV 2018.
     """
 
-    def __init__(self, hidden: int = 10, *, bias: float = 1.0) -> None:
+    def __init__(self, hidden: int = 10, *, bias: float = 1.0, outputs: int = 1) -> None:
         super().__init__()
-        if hidden < 1:
-            raise PliantError(got=f"hidden={hidden}", expected="at least 1", do="pass e.g. 10")
+        if hidden < 1 or outputs < 1:
+            raise PliantError(
+                got=f"hidden={hidden}, outputs={outputs}", expected="at least 1 of each", do="pass e.g. 10 and 1"
+            )
         self.hidden = hidden
         self.seen = nn.Linear(hidden, 4 * hidden)
         self.kept = nn.Linear(hidden, 4 * hidden)
-        self.out = nn.Linear(hidden, 1)
+        self.out = nn.Linear(hidden, outputs)
         for layer in (self.seen, self.kept):
             nn.init.uniform_(layer.weight, -(hidden**-0.5), hidden**-0.5)
         nn.init.constant_(self.out.bias, bias)
@@ -59,7 +63,8 @@ class GateMemory(nn.Module):
         into, forget, new, out = (self.seen(x) + self.kept(hidden)).chunk(4, dim=-1)
         cell = forget.sigmoid() * cell + into.sigmoid() * new.tanh()
         hidden = out.sigmoid() * cell.tanh()
-        return self.out(hidden).squeeze(-1), (hidden, cell)
+        logits = self.out(hidden)
+        return (logits.squeeze(-1) if self.out.out_features == 1 else logits), (hidden, cell)
 
 
 class RecurrentGate(Score):
@@ -71,7 +76,7 @@ class RecurrentGate(Score):
     (:class:`pliant.execute.Chain`); elsewhere every gate starts from an empty memory.
 
     Shape:
-        features :math:`(R, C, ...)`; scores :math:`(R,)`; carries two tensors :math:`(R, \text{hidden})`.
+        features :math:`(R, C, ...)`; scores :math:`(R,)`, or as many as the memory has outputs; carries two tensors :math:`(R, \text{hidden})`.
 
     Args:
         channels: :math:`C` of this block's input.
