@@ -102,7 +102,7 @@ def stopping(lab: Lab, seed: int) -> list[tuple[int, float, float, float, float]
         bind(model, {"sites.*": rules.Always()}),
         draw,
         TERMS,
-        steps=STEPS // 2,
+        steps=STEPS,
         lr=2e-3,
         seed=seed,
     )
