@@ -101,7 +101,8 @@ def run(lab: Lab) -> list[Claim]:
     return [
         Claim("|P(z1 = 1 | space) - P(z1 = 1 | inside a word)|, no boundary told", said(gaps), ">= 0.3 in every seed", min(gaps) >= 0.3, gaps, NOTE),
         Claim("update rate of level 2", said(second), "<= 0.7", max(second) <= 0.7, second, NOTE),
-        Claim("update rate of level 3", said(third), "<= that of level 2, and < 1", falls, third, f"no rate term; the boundary logits start at a bias of {BIAS}"),
+        Claim("update rate of level 3", said(third), "<= that of level 2, and < 1", falls, third,
+              f"no rate term; the boundary logits start at a bias of {BIAS}"),
         Claim("a copied state is the same bits", "yes" if all(exact) else "no", "yes", all(exact)),
         Claim("and no level is called for it", "yes" if all(free) else "no", "yes", all(free)),
         Claim("ragged run against masked", f"{max(apart):.1e} apart", "<= 1e-5", max(apart) <= 1e-5, apart),
