@@ -26,7 +26,7 @@ class GateMemory(nn.Module):
     Args:
         hidden: units; 10 in the paper.
         bias: of the logits at the start; positive starts open.
-        outputs: :math:`K`, how many logits.
+        outputs: :math:`K`, how many logits; None says one for each row.
 
     Raises:
         PliantError: where ``hidden`` or ``outputs`` is below 1.
@@ -40,16 +40,17 @@ class GateMemory(nn.Module):
         Survey section 5.1.3; Wang et al., SkipNet, ECCV 2018.
     """
 
-    def __init__(self, hidden: int = 10, *, bias: float = 1.0, outputs: int = 1) -> None:
+    def __init__(self, hidden: int = 10, *, bias: float = 1.0, outputs: int | None = None) -> None:
         super().__init__()
-        if hidden < 1 or outputs < 1:
+        if hidden < 1 or (outputs is not None and outputs < 1):
             raise PliantError(
                 got=f"hidden={hidden}, outputs={outputs}", expected="at least 1 of each", do="pass e.g. 10 and 1"
             )
         self.hidden = hidden
         self.seen = nn.Linear(hidden, 4 * hidden)
         self.kept = nn.Linear(hidden, 4 * hidden)
-        self.out = nn.Linear(hidden, outputs)
+        self.out = nn.Linear(hidden, outputs or 1)
+        self.shape = () if outputs is None else (outputs,)
         for layer in (self.seen, self.kept):
             nn.init.uniform_(layer.weight, -(hidden**-0.5), hidden**-0.5)
         nn.init.constant_(self.out.bias, bias)
@@ -64,7 +65,7 @@ class GateMemory(nn.Module):
         cell = forget.sigmoid() * cell + into.sigmoid() * new.tanh()
         hidden = out.sigmoid() * cell.tanh()
         logits = self.out(hidden)
-        return (logits.squeeze(-1) if self.out.out_features == 1 else logits), (hidden, cell)
+        return (logits if self.shape else logits.squeeze(-1)), (hidden, cell)
 
 
 class RecurrentGate(Score):

@@ -75,9 +75,21 @@ class Bypass(nn.Module):
         return self.shared[0].shortcut(x).relu()
 
 
+def start_levels(model: nn.Module) -> None:
+    """Start every bit-width's batch norms as the trained full block's: between training the backbone and the gates.
+
+    >>> start_levels(dfs(depth=8))
+    """
+    for form in model.modules():
+        if isinstance(form, AtBits):
+            trained = [layer for layer in form.shared[0].branch if isinstance(layer, nn.BatchNorm2d)]
+            for norm, like in zip(form.norms, trained, strict=True):
+                norm.load_state_dict(like.state_dict())
+
+
 def fractional(block: BasicBlock, memory: GateMemory, bits: Sequence[int]) -> Levels:
     """``block`` in all its forms, under a recurrent gate."""
-    norms = [NormBank(layer, len(bits)) for layer in block.branch if isinstance(layer, nn.BatchNorm2d)]
+    norms = [NormBank(layer, len(bits)) for layer in block.branch if isinstance(layer, nn.BatchNorm2d) and bits]
     forms = [Bypass(block), *(AtBits(block, norms, level, b) for level, b in enumerate(bits)), block]
     site = Site(RecurrentGate(block.inputs, memory), StraightThrough(Threshold(0.0)), shape=(len(forms) - 1,))
     return Levels(forms, site)
@@ -91,7 +103,7 @@ def dfs(
 
     .. math:: x_l = f_{k_l}(x_{l-1}), \quad k_l = \#\{\text{steps open}\} \in \{\text{skip}, 8, 10, 12, 14, 16\text{ bits}, \text{full}\}
 
-    Train the backbone (``plain``) first, then the gates alone (``*scorer*``) until everything runs in full, then all together with
+    Train the backbone (``plain``) first, then after :func:`start_levels` the gates alone (``*scorer*``) until everything runs in full, then all together with
     ``pliant.losses.LevelTarget(bit_costs(), target)`` at a weight of 1e-5 to 0.1.
 
     Shape:
@@ -102,7 +114,7 @@ def dfs(
         in_chans: channels of the images.
         depth: layers, 6n + 2.
         widths: of the three groups.
-        bits: widths of the forms between skipping and full precision, rising.
+        bits: widths of the forms between skipping and full precision, rising; none leaves skipping or not.
         hidden: units of the gates' shared memory.
 
     Returns:
@@ -122,8 +134,8 @@ def dfs(
     of its own; ranges of activations are of each image. PyTorch computes quantised values in floating point, so a
     bit-width saves bit-operations that ``trace.flops`` doesn't count, and no seconds: only skipping does.
     """
-    if not bits or sorted(set(bits)) != list(bits):
-        raise PliantError(got=f"bits={tuple(bits)}", expected="at least one, rising", do="pass e.g. (8, 16)")
+    if sorted(set(bits)) != list(bits) or any(b < 1 for b in bits):
+        raise PliantError(got=f"bits={tuple(bits)}", expected="rising, at least 1", do="pass e.g. (8, 16)")
     parts = resnet(num_classes, in_chans, depth=depth, widths=widths)
     memory = GateMemory(hidden, bias=2.0, outputs=len(bits) + 1)
     first, *rest = parts.blocks
