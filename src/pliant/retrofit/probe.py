@@ -41,6 +41,16 @@ def rows_of(call: Call, count: int) -> Call:
     return pytree.tree_map(repeat, call)
 
 
+def module_of(model: nn.Module, path: str) -> nn.Module:
+    """The submodule ``path``, or an error that names it."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise PliantError(
+            got=f"the name {path!r}", expected="that of a submodule", do="see dict(model.named_modules()) for the names"
+        ) from error
+
+
 def cover(model: nn.Module, at: Iterable[str]) -> list[str]:
     """The modules whose arguments must be cut: the siblings of each layer in ``at`` and of its parents.
 

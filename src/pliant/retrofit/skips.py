@@ -184,7 +184,7 @@ def skips(
     behind its sum included.
     """
     refuse_model(model, "skips")
-    names = _expanded(model, blocks)
+    names = expanded(model, blocks)
     call = probe.call_of(example)
     counts = (3, 5)
     bare = share(model)
@@ -224,7 +224,7 @@ def _refuse_scorer(scorer: nn.Module, hidden: Tensor, path: str) -> None:
         )  # fmt: skip
 
 
-def _expanded(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+def expanded(model: nn.Module, blocks: Sequence[str]) -> list[str]:
     """The modules that the names and patterns stand for, none inside another."""
     found = [path for path, module in named(model) if path and not isinstance(module, (nn.ModuleList, nn.ModuleDict))]
     if isinstance(blocks, str) or not blocks:

@@ -1,0 +1,173 @@
+"""Plan: what shall be attached to a model, as data: to print before it's applied, to save, and to load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from pliant.core.bind import share
+from pliant.core.errors import PliantError
+from pliant.core.files import atomic
+from pliant.retrofit import probe
+from pliant.retrofit.attach import exits
+from pliant.retrofit.skips import expanded, skips
+
+VERSION = 1
+KINDS = ("exits", "skips")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kind of thing at some layers.
+
+    Args:
+        kind: "exits" or "skips".
+        at: names of layers, or for skips patterns too.
+        settings: as keyword arguments of that function that JSON can hold, such as ``threshold``.
+    """
+
+    kind: str
+    at: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    r"""Steps that make a model dynamic, applied one after the other.
+
+    >>> host = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
+    >>> x = torch.randn(3, 4)
+    >>> plan = Plan().skips("1").exits("0", threshold=0.3)
+    >>> print(plan.told(host, x))
+    what   where  shape   FLOPs
+    skips  1      (3, 4)    0.0 % inside
+    exits  0      (3, 4)   57.1 % before
+    >>> list(__import__("pliant").sites(plan.apply(host, x)))
+    ['skips.0.site', 'exits.sites.0']
+
+    References:
+        Survey section 2.1.1.
+    """
+
+    steps: tuple[Step, ...] = ()
+
+    def exits(self, *at: str, **settings: Any) -> Plan:
+        """The plan with early exits after the layers ``at``; settings as for :func:`pliant.retrofit.exits`."""
+        return self._with("exits", at, settings)
+
+    def skips(self, *blocks: str, **settings: Any) -> Plan:
+        """The plan with gates before ``blocks``; settings as for :func:`pliant.retrofit.skips`."""
+        return self._with("skips", blocks, settings)
+
+    def _with(self, kind: str, at: Sequence[str], settings: dict[str, Any]) -> Plan:
+        try:
+            json.dumps(settings)
+        except TypeError as error:
+            raise PliantError(
+                got=f"settings that no file can hold ({error})", expected="numbers, names and lists of them",
+                do=f"call pliant.retrofit.{kind} itself for modules of your own",
+            ) from error  # fmt: skip
+        if not at or any(step.kind == kind for step in self.steps):
+            raise PliantError(
+                got=f"{len(at)} layers for {kind}" + (", which the plan has already" if at else ""),
+                expected="each kind once, with its layers", do="name all of them in one call",
+            )  # fmt: skip
+        return Plan((*self.steps, Step(kind, tuple(at), settings)))
+
+    def apply(self, model: nn.Module, example: Any) -> Any:
+        """The dynamic model; ``model`` stays as it is.
+
+        Raises:
+            PliantError: as the functions do.
+        """
+        for step in self.steps:
+            attach = exits if step.kind == "exits" else skips
+            model = attach(model, list(step.at), example=example, **step.settings)
+        return model
+
+    def told(self, model: nn.Module, example: Any) -> str:
+        """A table: what, where, the hidden state there, and the share of the model's FLOPs before (exits) or inside (skips).
+
+        Raises:
+            PliantError: where a layer isn't known or isn't called.
+        """
+        names = {
+            path for step in self.steps for path in (expanded(model, step.at) if step.kind == "skips" else step.at)
+        }
+        spent, shapes, total = _spent(model, probe.call_of(example), names)
+        rows = [("what", "where", "shape", "FLOPs")]
+        for step in self.steps:
+            for path in expanded(model, step.at) if step.kind == "skips" else step.at:
+                if path not in spent:
+                    raise PliantError(
+                        got=f"a layer that isn't called: {path!r}", expected="one that runs once a call",
+                        do="see dict(model.named_modules()) for the names",
+                    )  # fmt: skip
+                before, after = spent[path]
+                share_, word = (after, "before") if step.kind == "exits" else (after - before, "inside")
+                rows.append(
+                    (step.kind, path, str(shapes[path]), f"{share_ / max(total, 1):6.1%} {word}".replace("%", " %"))
+                )
+        widths = [max(len(row[k]) for row in rows) for k in range(3)]
+        return "\n".join("  ".join([*(row[k].ljust(widths[k]) for k in range(3)), row[3]]).rstrip() for row in rows)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        steps = [{"kind": s.kind, "at": list(s.at), "settings": dict(s.settings)} for s in self.steps]
+        with atomic(Path(path)) as part:
+            part.write_text(json.dumps({"version": VERSION, "steps": steps}, indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan.
+
+        Raises:
+            PliantError: where the file isn't one.
+        """
+        try:
+            said = json.loads(Path(path).read_text(encoding="utf-8"))
+            steps = tuple(Step(s["kind"], tuple(map(str, s["at"])), dict(s["settings"])) for s in said["steps"])
+            whole = said["version"] == VERSION and all(step.kind in KINDS for step in steps)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _no_plan(path, f"{type(error).__name__}: {error}") from error
+        if not whole:
+            raise _no_plan(path, f"version {said['version']} with steps {[step.kind for step in steps]}")
+        return Plan(steps)
+
+
+def _no_plan(path: str | Path, got: str) -> PliantError:
+    return PliantError(got=got, expected=f"a plan of version {VERSION} in {path}", do="write it with Plan.save")
+
+
+def _spent(
+    model: nn.Module, call: probe.Call, names: set[str]
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]], int]:
+    """Of each layer: FLOPs when it begins and ends, and the shape that it returns; and all FLOPs of the call."""
+    twin = share(model).eval()
+    start: dict[str, int] = {}
+    spent: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for path in names:
+            layer = probe.module_of(twin, path)
+
+            def begins(*_: Any, path: str = path) -> None:
+                start[path] = counter.get_total_flops()
+
+            def ends(_layer: Any, _args: Any, output: Any, path: str = path) -> None:
+                spent[path] = start[path], counter.get_total_flops()
+                tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
+                shapes[path] = tuple(tensors[0].shape) if tensors else ()
+
+            layer.register_forward_pre_hook(begins)
+            layer.register_forward_hook(ends)
+        twin(*call[0], **call[1])
+        return spent, shapes, counter.get_total_flops()
