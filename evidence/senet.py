@@ -16,7 +16,7 @@ from pliant import create_model, plain
 from pliant.functional.dynamic_conv import Geometry, conv_each
 from pliant.reproduce import Claim, Lab, Table
 
-ROWS, EPOCHS, SEEDS, WIDTHS = 3_000, 7, (0, 1, 2), (8, 16, 32)
+ROWS, EPOCHS, SEEDS, WIDTHS = 4_000, 8, (0, 1, 2), (8, 16, 32)
 DATA = told(ROWS, "; ResNet-8 of half the width (8, 16, 32); the YAML's claims are for CIFAR-10")
 
 
@@ -43,7 +43,8 @@ def run(lab: Lab) -> list[Claim | Table]:
     cost = executed(attended(), x[:8])
     wide = widened(static, WIDTHS, x, cost)
     builds: Any = {"SE": attended, "none": static, "none, widened": lambda: static(wide)}
-    nets = race(lab, builds, data, [phase(EPOCHS)], SEEDS)
+    adam = phase(EPOCHS, optimizer="adam", lr=5e-3, momentum=0.0, nesterov=False, weight_decay=0.0)
+    nets = race(lab, builds, data, [adam], SEEDS)
     accuracy = scored(nets, data)
     flops = {name: executed(each[0], x[:8]) for name, each in nets.items()}
     gain, over = ahead(accuracy["SE"], accuracy["none"]), ahead(accuracy["SE"], accuracy["none, widened"])
@@ -56,7 +57,7 @@ def run(lab: Lab) -> list[Claim | Table]:
         Claim("scaling a convolution's outputs is convolving with each row's scaled kernels", f"{gap:.1e} relative difference",
               "<= 1e-5", gap <= 1e-5, [gap]),
         Claim("accuracy above the ResNet without it, mean of 3 seeds", average(gain), ">= +0.3 points", mean(gain) >= 0.003, gain,
-              f"accuracy {percent(accuracy['SE'])} % against {percent(accuracy['none'])} %"),
+              f"accuracy {percent(accuracy['SE'])} % against {percent(accuracy['none'])} %; tried before, SGD at 0.1 on 3,000 images, 7 epochs: -1.88 points"),
         Claim(f"and above a static ResNet widened to no fewer FLOPs ({', '.join(map(str, wide))} channels)", average(over), "> 0",
               mean(over) > 0, over, f"{percent(accuracy['none, widened'])} % at {flops['none, widened'] / flops['SE']:.3f} times the FLOPs"),
         Claim("more FLOPs", f"{more:.2%}", "< 2 %", more < 0.02, [more]),
