@@ -22,9 +22,13 @@ from pliant.losses import CrossEntropy, Saving, Total
 from pliant.reproduce import Claim, Lab
 from pliant.train import Fit, Phase, fit
 
-WORDS, EPOCHS, GAMMA, BATCH = 24, 5, 0.05, 128
+WORDS, EPOCHS, GAMMA, BATCH = 24, 4, 0.005, 64
 SEEDS = (0, 1, 2)
 DATA = f"SST-2 from the treebank, 6,920 training, 872 held-out and 1,821 test sentences, first {WORDS} words; vectors from scratch"
+NOTE = (
+    f"weight {GAMMA} of the skim loss; with 0.01 to 0.02, {EPOCHS} epochs were too few for the gate to know words "
+    "before it skims them (tried on seed 0: 76 to 90 % skimmed, 6 to 9 points lost)"
+)
 SHARE = 0.6
 """Skim share at which d' = 5 and d' = 0 are compared."""
 
@@ -41,7 +45,7 @@ def train(lab: Lab, what: str, model: nn.Module, data: Dataset, seed: int, **cha
     steps, done = -(-len(data.train) // BATCH), count(1)
     cool = Decay(math.log(2) / (steps * EPOCHS))  # from 1 to 1/2 over the whole training
     anneal = {"*.temperature": lambda epoch: cool(steps * epoch)} if "anneal" not in changes else changes["anneal"]
-    plan = Phase("train", epochs=EPOCHS, optimizer="adam", lr=2e-3, clip=1.0, schedule="cosine", anneal=anneal)
+    plan = Phase("train", epochs=EPOCHS, optimizer="adam", lr=4e-3, clip=1.0, schedule="cosine", anneal=anneal)
     loss = changes.get("loss", Total({"task": (1.0, CrossEntropy()), "skim": (GAMMA, Saving())}))
     options = Fit(seed=seed, batch_size=BATCH, on_epoch=lambda _: lab.progress(what, next(done), EPOCHS))
     fit(model, data.train, loss, [plan], options=options)
@@ -80,7 +84,7 @@ def turned(model: nn.Module, logit: float) -> Any:
 def at_share(model: nn.Module, part: Any, share: float) -> Any:
     """The model with the threshold at which it skims ``share`` of the held-out words, found by halving."""
     low, high = -8.0, 8.0
-    for _ in range(7):
+    for _ in range(12):
         middle = (low + high) / 2
         low, high = (middle, high) if measured(turned(model, middle), part)[1] < share else (low, middle)
     return turned(model, high)
@@ -136,11 +140,11 @@ def run(lab: Lab) -> list[Claim]:
                 ]
                 dials.append(costs == sorted(costs))
                 ranges.append(max(costs) / min(costs))
-            accuracy[small] = measured(at_share(model, data.val, SHARE), data.test)[0]
+            accuracy[small] = measured(at_share(model, data.val.take(300), SHARE), data.test)[0]
         gained.append(accuracy[5] - accuracy[0])
     share, times, apart, once = fast(0.72)
     return [
-        Claim("SST-2: words skimmed", f"{percent(shares)} %", ">= 50 %", mean(shares) >= 0.5, shares),
+        Claim("SST-2: words skimmed", f"{percent(shares)} %", ">= 50 %", mean(shares) >= 0.5, shares, NOTE),
         Claim("and accuracy lost against the plain LSTM", f"{percent(lost)} points", "<= 1 point", mean(lost) <= 0.01, lost),
         Claim(f"at {100 * SHARE:.0f} % of the words, skimming (d' = 5) beats skipping (d' = 0) by",
               f"{percent(gained)} points", ">= 0.5 points", mean(gained) >= 0.005, gained),

@@ -91,5 +91,6 @@ def skim_rnn(
     cell = LSTMStep(embedding, hidden)
     loop = Partial(cell, SmallLSTM(embedding, hidden, small=small), site) if small else Hold(cell, site)
     table = nn.Embedding(words, embedding, padding_idx=0)
+    table.weight.detach().mul_(0.1)  # words seen once or twice shall not shout
     vectors = nn.Sequential(table, nn.Dropout(dropout))
     return Reader(vectors, loop, nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden, num_classes)))
