@@ -18,15 +18,15 @@ from torch import Tensor, nn
 import pliant
 from pliant import create_model, rules
 from pliant.cost import interleaved
-from pliant.losses import CrossEntropy, GateL1, Total, hard
+from pliant.losses import CrossEntropy, GateL1, Scheduled, Total, hard, rising
 from pliant.reproduce import Claim, Lab
 from pliant.train import Fit, Phase, fit
 
-TRAIN, TEST, EPOCHS, HIDDEN, LAMBDA = 25_600, 4_000, 7, 48, 1e-4
-IMAGES, IMAGE_EPOCHS, BLANK = 8_000, 8, 12
+TRAIN, TEST, EPOCHS, HIDDEN, LAMBDA = 51_200, 4_000, 6, 48, 1e-4
+IMAGES, IMAGE_EPOCHS, BLANK = 8_000, 8, 28
 DATA = f"ADDING, 50 steps, {TRAIN:,} training and {TEST:,} test sequences; {told(IMAGES)}, as 28 rows with {BLANK} blank ones below"
 SEEDS = (0,)
-NOTE = "Skip GRU: one seed, 48 units, 1,400 steps of 128"
+NOTE = "one seed, 48 units, 2,400 steps of 128; tried before: a Skip GRU of 1,400 steps, which gave up (117 %) at 42 % updates"
 
 
 def squared(y: Tensor, trace: Any, target: Tensor, progress: float) -> Tensor:
@@ -60,12 +60,12 @@ def adds(lab: Lab, seed: int) -> tuple[Any, float, float, float]:
     """The trained model, its error and that of random skipping as shares of the target's variance, and the update rate."""
     data, test = adding(TRAIN, seed), adding(TEST, 1_000 + seed)
     loss = Total({"task": (1.0, squared), "updates": (LAMBDA * 50, GateL1(of=hard))})
-    model = seeded(seed, lambda: create_model("skip_rnn", num_classes=1, in_chans=2, hidden=HIDDEN, cell="gru"))
+    model = seeded(seed, lambda: create_model("skip_rnn", num_classes=1, in_chans=2, hidden=HIDDEN))
     train(lab, "ADDING", model, data, loss, phase(EPOCHS), seed)
     y, u = updates(model, test.x)
     variance, rate = float(test.y.var()), float(u.mean())
     chance = rules.Random(rate)
-    other = seeded(seed, lambda: create_model("skip_rnn", num_classes=1, in_chans=2, hidden=HIDDEN, cell="gru"))
+    other = seeded(seed, lambda: create_model("skip_rnn", num_classes=1, in_chans=2, hidden=HIDDEN))
     loss = Total({"task": (1.0, squared)})
     train(lab, "skipping at random", other, data, loss, phase(EPOCHS, rules={"*": chance}), seed)
     torch.manual_seed(seed)
@@ -118,7 +118,7 @@ def blanks(lab: Lab, seed: int) -> tuple[float, float, float]:
 
     train_part, test = padded(data.train), padded(data.test)
     model = seeded(seed, lambda: create_model("skip_rnn", in_chans=28, hidden=HIDDEN))
-    loss = Total({"task": (1.0, CrossEntropy()), "updates": (0.1, GateL1(of=hard))})
+    loss = Total({"task": (1.0, CrossEntropy()), "updates": (0.4, Scheduled(GateL1(of=hard), rising(1.0)))})
     train(lab, "blank rows", model, train_part, loss, phase(IMAGE_EPOCHS), seed)
     y, u = updates(model, test.x)
     accuracy = float((y.argmax(1) == test.y).double().mean())
@@ -141,7 +141,7 @@ def run(lab: Lab) -> list[Claim]:
     return [
         Claim("ADDING: error as a share of the target's variance", f"{100 * error:.2f} %", "< 1 %", error < 0.01, [error], NOTE),
         Claim("ADDING: share of the steps that update", f"{100 * rate:.1f} %", "<= 60 %", rate <= 0.6, [rate], NOTE),
-        Claim("ADDING: a GRU that skips at random at that rate has an error of", f"{100 * chance:.1f} %", "> 10 %", chance > 0.1, [chance], NOTE),
+        Claim("ADDING: an LSTM that skips at random at that rate has an error of", f"{100 * chance:.1f} %", "> 10 %", chance > 0.1, [chance], NOTE),
         Claim("the closed-form jump runs exactly the steps that the gated loop updates (100 sequences)", "yes" if same else "no", "yes", same),
         Claim("and ends in the same answer", f"{apart:.1e} apart", "<= 1e-6", apart <= 1e-6, [apart]),
         Claim(f"one row, 256 units, {100 * half:.0f} % updates: how many times faster than the same cell at every step",
@@ -149,5 +149,6 @@ def run(lab: Lab) -> list[Claim]:
         Claim("with a small CNN in front of the cell the seconds follow the update share", told_pairs, "within 0.10", gap <= 0.1, [s for _, s in pairs]),
         Claim("Fashion-MNIST row by row: update rate on blank rows over that on the others",
               f"{blank / busy:.2f} ({100 * blank:.1f} % against {100 * busy:.1f} %, {100 * accuracy:.1f} % right)",
-              "<= 0.5", blank <= 0.5 * busy, [blank, busy]),
+              "<= 0.5", blank <= 0.5 * busy, [blank, busy],
+              "tried before: 12 blank rows and a constant weight of 0.1 on the update rate, 0.69"),
     ]  # fmt: skip
