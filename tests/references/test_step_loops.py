@@ -314,6 +314,17 @@ def test_copying_is_exact_and_free() -> None:
     assert not y[:, :, 9:].any()
 
 
+@pytest.mark.parametrize("make", [partial, hierarchy])
+def test_one_row_alone_has_the_same_numbers_recorded_or_not(make: Any) -> None:
+    net, found = make(), 0.0
+    for x in inputs(5, 12).split(1):
+        with torch.no_grad():
+            y, trace = pliant.record(net)(x)
+            assert torch.equal(net(x), y)
+        found += sum(float(d.value.sum()) for visits in trace.visits.values() for d in visits)
+    assert 0 < found < 5 * 12 * (1 if make is partial else 2)
+
+
 def test_gru_and_refusals() -> None:
     net = pliant.create_model("skip_rnn", in_chans=INPUTS, cell="gru", hidden=HIDDEN).eval()
     assert isinstance(net.loop.cell.cell, GRUStep)  # pyright: ignore[reportAttributeAccessIssue]

@@ -15,6 +15,7 @@ from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
 from pliant.core.site import Site
 from pliant.execute import rows
+from pliant.execute.steps import compares
 
 
 class Level(nn.Module):
@@ -126,7 +127,27 @@ class Hierarchy(Executor):
 
     def gathered(self, x: Tensor, given: Tensor | None = None) -> Tensor:
         """A level for the rows that don't copy it."""
+        if x.shape[0] == 1 and given is None and tape.tape() is None and not torch.compiler.is_compiling():
+            thresholds = [compares(site, x) for site in self.sites]  # pyright: ignore[reportArgumentType]
+            if None not in thresholds:
+                return self._alone(x, thresholds)  # pyright: ignore[reportArgumentType]
         return self._run(x, given, self._gathered)
+
+    def _alone(self, x: Tensor, thresholds: list[float]) -> Tensor:
+        """One row that nobody records: whether a level runs is a plain ``if``, and the numbers are the same."""
+        on, top = (x.new_zeros(1), x.new_ones(1)), len(self.sites)
+        h = [x.new_zeros(1, level.hidden) for level in self.levels]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        c, ended, outputs, none = list(h), [False] * (top + 1), [], x.new_zeros(1, 0)
+        for t in range(x.shape[1]):
+            below, closed = x[:, t], True
+            for n, level in enumerate(self.levels):
+                if closed or ended[n]:
+                    above = h[n + 1] if n < top else none
+                    h[n], c[n], score = level(below, on[closed], h[n], c[n], above, on[ended[n]])
+                    ended[n] = n < top and not self.sites[n].scorer(score).item() <= thresholds[n]  # pyright: ignore[reportCallIssue]
+                below, closed = h[n], ended[n]
+            outputs.append(torch.cat(h, 1))
+        return torch.stack(outputs, 1)
 
     def _run(self, x: Tensor, given: Tensor | None, upper: _Upper | None) -> Tensor:
         one, top = x.new_ones(x.shape[0]), len(self.sites)

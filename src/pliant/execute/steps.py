@@ -53,7 +53,7 @@ class Recurrent(Executor):
     def gathered(self, x: Tensor, there: Tensor | None = None, given: Tensor | None = None) -> Tensor:
         """The cell for the rows that chose it."""
         if x.shape[0] == 1 and given is None and tape.tape() is None and not torch.compiler.is_compiling():
-            threshold = _compares(self.site, x)
+            threshold = compares(self.site, x)
             if threshold is not None:
                 return self._alone(x, there, threshold)
         state = self.cell.start(x.shape[0])
@@ -167,7 +167,7 @@ class Partial(Recurrent):
         return rows.run_either(self.site, decision, runs, (x, state))
 
 
-def _compares(site: Site, like: Tensor) -> float | None:
+def compares(site: Site, like: Tensor) -> float | None:
     """The site's threshold, where its rule does nothing but compare scores with it."""
     rule: Any = getattr(site.rule, "rule", site.rule)  # an estimator holds the rule that it's an estimator of
     if not hasattr(rule, "threshold") or (rule is not site.rule and hasattr(site.rule, "threshold")):
