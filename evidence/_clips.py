@@ -138,8 +138,8 @@ def misled(draw: Draw) -> Draw:
     return other
 
 
-def sstnews(lab: Lab, part: str) -> tuple[Draw, int]:
-    """SSTNEWS: a sentence of SST-2 (its sentiment is the label) among 8 to 15 openings of AG News articles, and the words there are.
+def sstnews(lab: Lab, part: str, *, around: tuple[int, int] = (8, 15)) -> tuple[Draw, int]:
+    """SSTNEWS: a sentence of SST-2 (its sentiment is the label) among 8 to 15 openings of AG News articles; and how many words there are.
 
     The truth is where the sentence begins.
     """
@@ -153,9 +153,13 @@ def sstnews(lab: Lab, part: str) -> tuple[Draw, int]:
         pick = torch.randint(len(first), (rows,), generator=g)
         texts, starts = [], []
         for r in range(rows):
-            around = rest[torch.randint(len(rest), (int(torch.randint(8, 16, (1,), generator=g)),), generator=g)]
-            at = int(torch.randint(len(around) + 1, (1,), generator=g))
-            before, behind = (part[part != 0] for part in (around[:at].flatten(), around[at:].flatten()))
+            others = rest[
+                torch.randint(
+                    len(rest), (int(torch.randint(around[0], around[1] + 1, (1,), generator=g)),), generator=g
+                )
+            ]
+            at = int(torch.randint(len(others) + 1, (1,), generator=g))
+            before, behind = (part[part != 0] for part in (others[:at].flatten(), others[at:].flatten()))
             sentence = first[pick[r]]
             texts.append(torch.cat([before, sentence[sentence != 0], behind]))
             starts.append(len(before))
