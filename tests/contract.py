@@ -19,6 +19,8 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "sdn": ({"backbone": "resnet8", "at": (0.3, 0.6)}, (6, 3, 32, 32)),
     "big_little_dnn": ({"little": "cnn2", "big": "resnet8"}, (6, 3, 32, 32)),
     "convnet_aig": ({"depth": 14}, (6, 3, 32, 32)),
+    "skipnet": ({"depth": 14, "widths": (4, 8, 8)}, (6, 3, 12, 12)),
+    "blockdrop": ({"depth": 8, "widths": (4, 8, 8), "policy": (4, 4, 8), "view": 8}, (6, 3, 16, 16)),
     "dfs": ({"depth": 8, "widths": (4, 8, 8), "bits": (4, 8)}, (6, 3, 12, 12)),
     "deebert": ({"words": 12, "layers": 3, "width": 8, "heads": 2, "threshold": 0.99}, (6, 5)),
     "pabee": ({"words": 12, "layers": 4, "width": 8, "heads": 2, "patience": 1}, (6, 5)),

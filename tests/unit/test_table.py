@@ -92,7 +92,7 @@ def test_mistakes_are_told():
     with pytest.raises(pliant.PliantError, match="an id of the catalogue"):
         create_model("zzzz")
     with pytest.raises(pliant.PliantError, match=r"missing.*msdnet"):
-        create_model("skipnet")
+        create_model("fastbert")
     with pytest.raises(pliant.PliantError, match="'depht'"):
         create_model("msdnet", depht=3)
 

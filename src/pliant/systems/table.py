@@ -22,6 +22,8 @@ BUILDERS: dict[str, str] = {
     "sdn": "pliant.systems.depth.sdn:sdn",
     "big_little_dnn": "pliant.systems.depth.big_little_dnn:big_little_dnn",
     "convnet_aig": "pliant.systems.depth.convnet_aig:convnet_aig",
+    "skipnet": "pliant.systems.depth.skipnet:skipnet",
+    "blockdrop": "pliant.systems.depth.blockdrop:blockdrop",
     "dfs": "pliant.systems.depth.dfs:dfs",
     "deebert": "pliant.systems.depth.deebert:deebert",
     "pabee": "pliant.systems.depth.pabee:pabee",

@@ -10,10 +10,10 @@ from torch import nn
 from pliant import estimators
 from pliant.core.bind import bind, sites
 from pliant.core.site import Score, Site
-from pliant.execute import Chain, Halting, Planned, Residual, collaborative, equilibrium
+from pliant.execute import Halting, collaborative, equilibrium
 from pliant.execute.heads import PooledClassifier
-from pliant.rules import Always, ReluTanh, Softmax, Threshold
 from pliant.rules import Halting as HaltingRule
+from pliant.rules import ReluTanh, Softmax, Threshold
 from pliant.scores import (
     Entropy,
     Guarded,
@@ -22,11 +22,10 @@ from pliant.scores import (
     Margin,
     MaxProbability,
     Patience,
-    Policy,
     Remainder,
-    Shrink,
 )
 from pliant.systems.backbones import BasicBlock, conv_norm, resnet
+from pliant.systems.depth.blockdrop import planned
 from pliant.systems.depth.convnet_aig import convnet_aig
 from pliant.systems.depth.msdnet import msdnet
 from pliant.systems.parameters.condconv import condconv
@@ -83,16 +82,8 @@ def policy_network(num_classes: int = 10, in_chans: int = 3, *, depth: int = 20,
         depth: layers, 6n + 2.
         view: side of what the policy sees.
     """
-    parts, small = (
-        resnet(num_classes, in_chans, depth=depth),
-        resnet(num_classes, in_chans, depth=8, widths=(8, 16, 32)),
-    )
-    blocks: list[Any] = [block for block in parts.blocks if isinstance(block, BasicBlock)]
-    gated = [Residual(b.branch, Site(nn.Identity(), Always()), shortcut=b.shortcut) for b in blocks]
-    chain = Chain([module for block in gated for module in (block, nn.ReLU())])
-    policy = Policy(nn.Sequential(Shrink(view), small.stem, *small.blocks), 32, len(gated))
-    site = Site(policy, estimators.ScoreFunction(Threshold(0.0)), shape=(len(gated),))
-    return Planned(site, chain, stem=parts.stem, head=parts.head)
+    parts = resnet(num_classes, in_chans, depth=depth)
+    return planned(parts, resnet(num_classes, in_chans, depth=8, widths=(8, 16, 32)), width=32, view=view)
 
 
 def relu_far_overconfidence(
