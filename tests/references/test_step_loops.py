@@ -325,6 +325,15 @@ def test_one_row_alone_has_the_same_numbers_recorded_or_not(make: Any) -> None:
     assert 0 < found < 5 * 12 * (1 if make is partial else 2)
 
 
+def test_one_row_alone_passes_gradients_in_evaluation() -> None:
+    """Decisions are compared as numbers, and nothing is said about it: the rest stays differentiable."""
+    for net in (hold(), partial(), hierarchy()):
+        x = inputs(1).requires_grad_()
+        net(x).sum().backward()
+        assert x.grad is not None
+        assert x.grad.any()
+
+
 def test_gru_and_refusals() -> None:
     net = pliant.create_model("skip_rnn", in_chans=INPUTS, cell="gru", hidden=HIDDEN).eval()
     assert isinstance(net.loop.cell.cell, GRUStep)  # pyright: ignore[reportAttributeAccessIssue]

@@ -40,7 +40,7 @@ class Pressure(Score):
     def until(self, state: Any, threshold: float) -> float:
         """How many more steps one row holds its state before its score passes ``threshold``; infinite for never."""
         *_, increment, count = state
-        one, seen, rounded = float(increment), float(count), _ROUND.get(increment.dtype, _exact)
+        one, seen, rounded = increment.item(), count.item(), _ROUND.get(increment.dtype, _exact)
         if threshold < 0 or math.isnan(one):  # a broken row runs: NaN passes any threshold
             return 0
         if threshold >= 1 or one == 0:
