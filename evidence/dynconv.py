@@ -45,11 +45,11 @@ def budget(model: nn.Module, data: Dataset, share: float, *, bounds: bool = True
     return Total(terms | ({"blocks": (WEIGHT, BlockBounds(share))} if bounds else {}))
 
 
-def phases(epochs: int) -> list[Any]:
+def phases(epochs: int, rate: float = 0.1) -> list[Any]:
     """The last quarter without noise."""
     last = max(1, epochs // 4)
     quiet = {"*": NoiseFree(rules.Threshold(0.0))}
-    return [phase(epochs - last), phase(last, name="without noise", lr=0.02, rules=quiet)]
+    return [phase(epochs - last, lr=rate), phase(last, name="without noise", lr=0.02, rules=quiet)]
 
 
 @torch.no_grad()
@@ -103,12 +103,14 @@ def speed(lab: Lab, data: Dataset) -> dict[str, Any]:
 
 def run(lab: Lab) -> list[Claim]:
     data = fashion(lab, ROWS)
-    base = trained(lab, "dense", seeded(0, lambda: plain(build())), data, [phase(EPOCHS)], loss=LAST_ONLY)
+    start = seeded(0, build)
+    base = trained(lab, "dense", plain(start), data, [phase(EPOCHS)], loss=LAST_ONLY)
     dense = accuracy(base, data.test)[0]
     spent, right, flops = [], [], []
     for share in SHARES:
         model = seeded(0, build)
-        trained(lab, f"{share:.0%}", model, data, phases(EPOCHS), loss=budget(model, data, share))
+        model.load_state_dict(start.state_dict())
+        trained(lab, f"{share:.0%}", model, data, phases(EPOCHS, 0.05), loss=budget(model, data, share))
         on, off = conditional(model, data.test.x)
         got, cost, _ = accuracy(model, data.test)
         spent.append((cost - off) / on)
@@ -119,7 +121,9 @@ def run(lab: Lab) -> list[Claim]:
     off_by = [abs(a - b) for a, b in zip(spent, SHARES, strict=True)]
     sizes = {w: record(plain(build(width=w)).eval())(data.test.x[:1])[1].flops.item() for w in range(3, 9)}
     width = min(sizes, key=lambda w: abs(sizes[w] / flops[1] - 1))
-    narrow = trained(lab, "narrow", seeded(0, lambda: plain(build(width=width))), data, [phase(EPOCHS)], loss=LAST_ONLY)
+    narrow = trained(
+        lab, "narrow", seeded(0, lambda: plain(build(width=width))), data, [phase(2 * EPOCHS)], loss=LAST_ONLY
+    )
     static = accuracy(narrow, data.test)[0]
     dead = {b: [] for b in (True, False)}
     for seed in SEEDS:
@@ -133,9 +137,10 @@ def run(lab: Lab) -> list[Claim]:
         Claim("of the FLOPs that masks control, the wanted 25, 50 and 75 % run on test images", percent(spent),
               "within 3 points of each", max(off_by) <= 0.03, spent, f"accuracy {percent(right)}, dense {100 * dense:.2f}"),
         Claim("accuracy at a half stays near the dense network's", f"{100 * (dense - right[1]):.2f} points lost",
-              "<= 1.5 points", dense - right[1] <= 0.015, [dense - right[1]]),
+              "<= 1.5 points", dense - right[1] <= 0.015, [dense - right[1]],
+              "from the dense network's weights, as the paper does on ImageNet; tried before, from scratch: 5.75 points lost"),
         Claim("and above a narrower static network's of equal FLOPs", f"{100 * (right[1] - static):+.2f} points", "> 0",
-              right[1] > static, [right[1] - static], f"width {width}, {parity:.2f} of the FLOPs, {100 * static:.2f} %"),
+              right[1] > static, [right[1] - static], f"width {width}, {parity:.2f} of the FLOPs, {100 * static:.2f} %, trained as long in all"),
         Claim("without the bounds, more blocks are fully on or off early in training",
               f"{mean(dead[False]):.2f} of 6 blocks, {mean(dead[True]):.2f} with bounds", "more than with them",
               mean(dead[False]) > mean(dead[True]), [*dead[False], *dead[True]],

@@ -127,7 +127,7 @@ class Hierarchy(Executor):
 
     def gathered(self, x: Tensor, given: Tensor | None = None) -> Tensor:
         """A level for the rows that don't copy it."""
-        if x.shape[0] == 1 and given is None and tape.tape() is None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and x.shape[0] == 1 and given is None and tape.tape() is None:
             thresholds = [compares(site, x) for site in self.sites]  # pyright: ignore[reportArgumentType]
             if None not in thresholds:
                 return self._alone(x, thresholds)  # pyright: ignore[reportArgumentType]

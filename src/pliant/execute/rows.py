@@ -165,7 +165,7 @@ def run_either(site: Site, decision: Decision, runs: tuple[Callable[..., Rows], 
         off, on = (run_masked(site, decision, choice, run, x) for choice, run in enumerate(runs))
         return mix(decision, on, off)
     value = decision.value.detach()
-    if value.shape[0] == 1 and not torch.compiler.is_compiling():  # one or the other: nothing to sort, as in run_some
+    if not torch.compiler.is_compiling() and value.shape[0] == 1:  # one or the other: nothing to sort, as in run_some
         choice = int(value.item() != 0)
         with tape.part(site, decision.visit, str(choice)):
             return runs[choice](x)

@@ -52,7 +52,7 @@ class Recurrent(Executor):
 
     def gathered(self, x: Tensor, there: Tensor | None = None, given: Tensor | None = None) -> Tensor:
         """The cell for the rows that chose it."""
-        if x.shape[0] == 1 and given is None and tape.tape() is None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and x.shape[0] == 1 and given is None and tape.tape() is None:
             threshold = compares(self.site, x)
             if threshold is not None:
                 return self._alone(x, there, threshold)
