@@ -92,7 +92,9 @@ def run(lab: Lab) -> list[Claim | Table]:
     plain_loss = Total({"task": (1.0, CrossEntropy())})
     found: dict[str, dict[str, Any]] = {}
     for target in TARGETS:
-        loss = Total({"task": (1.0, CrossEntropy()), "cost": (WEIGHT, Scheduled(FlopsBudget(target), late))})
+        loss = Total(
+            {"task": (1.0, CrossEntropy()), "cost": (WEIGHT, Scheduled(FlopsBudget(target, executed=True), late))}
+        )
         model = seeded(0, lambda: create_model("dynamic_routing_seg", **CONFIG))
         train_(lab, f"target {target}", model, train, loss)
         found[str(target)] = {**measured(model, test), "model": model}
@@ -129,7 +131,8 @@ def run(lab: Lab) -> list[Claim | Table]:
             "<= 15 % off",
             max(apart) <= 0.15,
             apart,
-            "shares of the dense network, its stem, decoder and gates included; a gate of 0.1 costs as much as one of 0.9, but a tenth in the expected cost",
+            "shares of the dense network, its stem, decoder and gates included; the miss is of the executed cost, since with the paper's "
+            "expected one gates sank without closing: 0.82, 0.88 and 0.98 ran",
         ),
         Claim(
             "real time falls with the target, 32 images",

@@ -75,6 +75,25 @@ def test_flops_budget_is_zero_at_the_budget_and_differentiable():
         FlopsBudget(0.0)
 
 
+def test_a_budget_of_executed_flops_misses_by_what_runs_and_has_the_expected_ones_gradient():
+    """A small soft gate costs little in expectation and all of its block in truth."""
+    model, site = gated(pliant.rules.ReluTanh())
+    with torch.no_grad():
+        site.scorer.linear.weight.zero_()
+        site.scorer.linear.bias.fill_(0.1)
+    y, trace = pliant.record(model.train())(torch.randn(8, 4))
+    everything = (trace.flops.float().mean() / trace.dense_flops[0]).item()
+    assert everything == 1.0
+    executed = FlopsBudget(0.6, executed=True)(y, trace, torch.zeros(8), 0.0)
+    assert executed.item() == pytest.approx((everything - 0.6) ** 2)
+    slope = torch.autograd.grad(
+        pliant.cost.expected_flops(trace).mean() / trace.dense_flops[0], site.scorer.linear.bias, retain_graph=True
+    )[0]
+    torch.testing.assert_close(
+        torch.autograd.grad(executed, site.scorer.linear.bias)[0], 2 * (everything - 0.6) * slope.float()
+    )
+
+
 def test_total_names_every_term_once():
     _, y, trace, target = recorded()
     terms = Total({"exits": (1.0, MultiExit()), "last": (0.5, CrossEntropy())})(y, trace, target, 0.0)
