@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pliant.deploy.compile import compile
 from pliant.deploy.fold import optimised
+from pliant.deploy.generate import Generator, Sample, generate, greedy
 from pliant.deploy.onnx import export_onnx
 from pliant.deploy.pretrained import from_pretrained, save_pretrained
+from pliant.deploy.speculate import Speculated, speculate
 
-__all__ = ["compile", "export_onnx", "from_pretrained", "optimised", "save_pretrained"]
+__all__ = [
+    "Generator", "Sample", "Speculated", "compile", "export_onnx", "from_pretrained", "generate", "greedy", "optimised",
+    "save_pretrained", "speculate",
+]  # fmt: skip

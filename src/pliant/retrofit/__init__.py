@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pliant.retrofit.attach import exits
 from pliant.retrofit.cascade import cascade
+from pliant.retrofit.causal import causal
 from pliant.retrofit.plan import Plan
 from pliant.retrofit.skips import skips
 
-__all__ = ["Plan", "cascade", "exits", "skips"]
+__all__ = ["Plan", "cascade", "causal", "exits", "skips"]
