@@ -64,6 +64,14 @@ class Rule(nn.Module, ABC):
         """The rule for a loop's ``visit``-th time at its site: the same one, but where it replays."""
         return self
 
+    def equal(self) -> Rule:
+        """The rule where as many of its choices must spend in every row, a tensor's size: the same one, but where it draws."""
+        return self
+
+    def count(self, choices: int) -> int | None:
+        """How many of a row's ``choices`` spend, where that's known beforehand and the same for every row."""
+        return None
+
     def attach(self, path: str) -> None:
         """Called by ``bind`` with the path of the site that this rule now serves."""
 
@@ -99,6 +107,9 @@ class Site(nn.Module):
         Survey section 5.1 (confidence, policy networks, gating functions).
     """
 
+    sized = False
+    """Whether the number of choices that spend is the size of a tensor, such as tokens kept: the same for every row."""
+
     def __init__(self, scorer: nn.Module, rule: Rule, *, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.scorer = scorer
@@ -117,6 +128,7 @@ class Site(nn.Module):
         """
         here = tape.here()
         rule = self.rule if visit is None else self.rule.at(visit)
+        rule = rule.equal() if self.sized else rule
         if visit is None:
             visit = 0 if here.tape is None else here.tape.visits(self)
         first = x if isinstance(x, Tensor) else _first(x)

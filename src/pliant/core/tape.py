@@ -122,6 +122,9 @@ def part(
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
+SIZE = "size"
+"""The choice of a part that runs nothing: its units say how many choices stay, a size that all that runs later has."""
+
 
 class _Part:
     """Notes that a part runs, and renumbers the rows in flight until it ends."""

@@ -11,26 +11,37 @@ from torch import Tensor, nn
 
 from pliant.core.decision import Decision
 from pliant.core.errors import PliantError
+from pliant.core.tape import SIZE
 from pliant.core.trace import Accounts, Trace, install
-from pliant.cost.count import Key, Part, Prices, describe, prices
+from pliant.cost.count import Key, Part, Prices, Sizes, describe, prices
 
 
 class Bill(Accounts):
     """The accounts of one call; the counting is done when first asked for."""
 
-    def __init__(self, make: Callable[[], Prices]) -> None:
+    def __init__(self, make: Callable[[Sizes], Prices]) -> None:
         self._make = make
 
     @functools.cached_property
     def prices(self) -> Prices:
-        """FLOPs per row of every part."""
-        return self._make()
+        """FLOPs per row of every part when everything stays."""
+        return self._make({})
+
+    def prices_of(self, trace: Trace) -> Prices:
+        """FLOPs per row of every part at the sizes that were decided, such as how many tokens stayed."""
+        sizes = {
+            (note.site, note.visit): int(note.units[0])
+            for note in trace.notes
+            if note.choice == SIZE and note.units is not None and len(note.units)
+        }
+        return self._make(sizes) if sizes else self.prices
 
     def flops(self, trace: Trace) -> Tensor:
         """Executed: each note's units times the price of its part."""
-        total = torch.full((trace.batch,), self.prices.root.own, dtype=torch.int64)
+        table = self.prices_of(trace)
+        total = torch.full((trace.batch,), table.root.own, dtype=torch.int64)
         for note in trace.notes:
-            part = self.prices.part((note.site, note.visit, note.choice))
+            part = table.part((note.site, note.visit, note.choice))
             price, units = (part.own, 1) if note.units is None else (part.own // part.of, note.units.cpu())
             if note.rows is None:
                 total += price * units
@@ -154,7 +165,7 @@ def _prices_of(trace: Trace) -> Prices:
     bill = trace._priced()
     if not isinstance(bill, Bill):
         raise TypeError("priced by another accountant")
-    return bill.prices
+    return bill.prices_of(trace)
 
 
 def _expected(trace: Trace, table: Prices, part: Part) -> Tensor | float:
@@ -213,7 +224,7 @@ def _whole(decision: Decision, batch: int) -> Tensor:
 def accounts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bill:
     """The accounts of a call of ``model``; nothing is counted before it's asked for."""
     call = describe(args, kwargs)
-    return Bill(lambda: prices(model, call))
+    return Bill(lambda sizes: prices(model, call, sizes))
 
 
 install(accounts)

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pliant.core import tape
 from pliant.core.bind import bind, clean, executors, share, sites
 from pliant.core.errors import PliantError
-from pliant.core.site import Rule
+from pliant.core.site import Outcome, Rule, Site
 from pliant.cost import formulas as formulas  # registers them: prices need them
 from pliant.rules.fixed import Always
 from pliant.rules.threshold import Threshold
@@ -111,12 +111,44 @@ def _rows(call: Call) -> int:
     return next((t.shape[0] for t in pytree.tree_leaves(call) if isinstance(t, Like) and t.shape), 0)
 
 
-def count(model: nn.Module, call: Call) -> Prices:
+Sizes = dict[tuple[str, int], int]
+"""How many choices spent at a visit of each site whose choices are the size of a tensor (``Site.sized``)."""
+
+
+class _Sized(Rule):
+    """Stands in while prices are counted: a known number of choices spends, all of them where none is known."""
+
+    def __init__(self, sizes: dict[int, int], *, reads_scores: bool) -> None:
+        super().__init__()
+        self.sizes, self.reads_scores, self.visit = sizes, reads_scores, 0
+
+    def at(self, visit: int) -> _Sized:
+        twin = _Sized(self.sizes, reads_scores=self.reads_scores)
+        twin.visit = visit
+        return twin
+
+    def count(self, choices: int) -> int:
+        return self.sizes.get(self.visit, choices)
+
+    def forward(self, scores: Tensor) -> Outcome:
+        return Outcome(torch.ones_like(scores))
+
+
+def _stand_in(path: str, site: Site, sizes: Sizes) -> Rule:
+    """A rule that spends everywhere, asking for scores as the site's own does."""
+    reads = site.rule.reads_scores
+    if site.sized:
+        return _Sized({visit: n for (name, visit), n in sizes.items() if name == path}, reads_scores=reads)
+    return Threshold(float("-inf")) if reads else Always()
+
+
+def count(model: nn.Module, call: Call, sizes: Sizes | None = None) -> Prices:
     """Run everything once on fake tensors and attribute each operation to the innermost part it belongs to.
 
     Args:
         model: any module with sites; it isn't touched, and no real number is computed.
         call: the inputs to be priced, from :func:`describe`; at least one row.
+        sizes: of tensors whose size is decided; default, all that there is.
 
     Returns:
         FLOPs per row (2 per multiply-add).
@@ -124,9 +156,7 @@ def count(model: nn.Module, call: Call) -> Prices:
     Raises:
         PliantError: where a part's cost isn't a multiple of the number of rows.
     """
-    rules = {
-        path: Threshold(float("-inf")) if site.rule.reads_scores else Always() for path, site in sites(model).items()
-    }
+    rules = {path: _stand_in(path, site, sizes or {}) for path, site in sites(model).items()}
     dense = bind(model, rules) if rules else share(model)
     for module in dense.modules():
         # Buffers of its own, lest batch norms count this call among their batches; parameters without gradients, since
@@ -183,19 +213,19 @@ def _structure(model: nn.Module) -> int:
     )
 
 
-def prices(model: nn.Module, call: Call) -> Prices:
-    """The prices of a call, counted once per structure, input shape and set of rules that read scores."""
+def prices(model: nn.Module, call: Call, sizes: Sizes | None = None) -> Prices:
+    """The prices of a call, counted once per structure, input shape, decided sizes and set of rules that read scores."""
     batch = _rows(call)
     if batch == 0:  # an empty batch costs nothing, but its prices may be asked for all the same
         call = pytree.tree_map(lambda t: Like((1, *t.shape[1:]), t.dtype, t.device) if _has_rows(t, 0) else t, call)
     leaves, spec = pytree.tree_flatten(call)
     shapes = tuple(repr((t.shape[1:], t.dtype, t.device) if _has_rows(t, max(batch, 1)) else t) for t in leaves)
     reads = tuple(site.rule.reads_scores for site in sites(model).values())
-    key = (_structure(model), str(spec), shapes, reads, model.training)
+    key = (_structure(model), str(spec), shapes, reads, model.training, tuple(sorted((sizes or {}).items())))
     owner = next(model.parameters(), model)
     table: Any = _cache.setdefault(owner, {})
     if key not in table:
-        table[key] = count(model, call)
+        table[key] = count(model, call, sizes)
     return table[key]
 
 

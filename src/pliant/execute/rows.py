@@ -67,6 +67,15 @@ def scatter(into: Rows, index: Tensor, part: Rows) -> Rows:
     return pytree.tree_map(lambda a, b: a.index_copy(0, index, b) if isinstance(a, Tensor) else a, into, part)
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal; under export, whether they are for every input."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, and only export needs it
+
+    return statically_known_true(a == b)
+
+
 def weighted(decision: Decision) -> bool:
     """Whether the value is a weight to multiply by (a soft rule, or a gradient wants it), not a plain choice."""
     return decision.is_weight or decision.value.requires_grad

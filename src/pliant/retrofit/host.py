@@ -20,6 +20,7 @@ from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
 from pliant.core.site import Site
 from pliant.execute import rows
+from pliant.retrofit.follow import follow
 from pliant.retrofit.heads import hidden_of
 from pliant.retrofit.output import output_like, prediction_of
 
@@ -58,19 +59,10 @@ class _Call:
 
     def cut(self, t: Any) -> Any:
         """A tensor that still has the rows of before, cut to those in flight; any other as it is."""
-        if not isinstance(t, Tensor) or t.ndim == 0 or _same(t.shape[0], self.rows):
+        if not isinstance(t, Tensor) or t.ndim == 0 or rows.same(t.shape[0], self.rows):
             return t
-        kept = next((kept for size, kept in self.cuts if _same(t.shape[0], size)), None)
+        kept = next((kept for size, kept in self.cuts if rows.same(t.shape[0], size)), None)
         return t if kept is None else t.index_select(0, kept.to(t.device))
-
-
-def _same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
-    """Whether two sizes are equal; under export, whether they are for every input."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, and only export needs it
-
-    return statically_known_true(a == b)
 
 
 class _Calls(threading.local):
@@ -195,7 +187,7 @@ class HostExits(Executor):
                 site=self.at[k],
             )
         site, head, hidden = self.sites[k], self.heads[k], hidden_of(output, self.at[k])
-        logits = head(hidden, mask=call.mask) if self.reads_mask[k] else head(hidden)
+        logits = head(hidden, mask=follow(call.mask)) if self.reads_mask[k] else head(hidden)
         tape.write_exit(self, logits)
         decision = site(logits, carry=call.carry)
         if decision.value.shape != hidden.shape[:1]:

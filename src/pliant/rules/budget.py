@@ -76,6 +76,10 @@ class AtMost(Rule):
         self.reads_scores = self.rule.reads_scores
         self.fits = None
 
+    def count(self, choices: int) -> int | None:
+        """What the wrapped rule says, where the site is open."""
+        return self.rule.count(choices) if self.fits else 0
+
     def attach(self, path: str) -> None:
         """Remember the site's path, and tell the wrapped rule."""
         self.path = path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,10 @@ class Always(Rule):
 
     reads_scores = False
 
+    def count(self, choices: int) -> int:
+        """All."""
+        return choices
+
     def forward(self, scores: Tensor) -> Outcome:
         """Ones."""
         return Outcome(torch.ones_like(scores))
@@ -33,6 +39,10 @@ class Never(Rule):
     """
 
     reads_scores = False
+
+    def count(self, choices: int) -> int:
+        """None of them."""
+        return 0
 
     def forward(self, scores: Tensor) -> Outcome:
         """Zeros."""
@@ -68,11 +78,33 @@ class Random(Rule):
             self.p, self.generator
         )  # generators can't be copied, and one stream is what makes draws repeatable
 
+    def equal(self) -> Rule:
+        """The same share of every row, drawn without replacement."""
+        return _RandomShare(self.p, self.generator)
+
     def forward(self, scores: Tensor) -> Outcome:
         """Draws."""
         draw = torch.rand(scores.shape, generator=self.generator, device=scores.device)
         value = (draw < self.p).to(scores.dtype)
         return Outcome(value, soft=torch.full_like(scores, self.p))
+
+
+class _RandomShare(Random):
+    """Spend on exactly the share ``p`` of each row's choices, drawn at random."""
+
+    def count(self, choices: int) -> int:
+        """That share of them."""
+        return math.floor(self.p * choices + 0.5)
+
+    def equal(self) -> Rule:
+        """Itself."""
+        return self
+
+    def forward(self, scores: Tensor) -> Outcome:
+        """Draws."""
+        order = torch.rand(scores.shape, generator=self.generator, device=scores.device).argsort(-1)
+        best = order[..., : self.count(scores.shape[-1])]
+        return Outcome(torch.zeros_like(scores).scatter(-1, best, 1.0), soft=torch.full_like(scores, self.p))
 
 
 class Given(Rule):
