@@ -13,6 +13,7 @@ from pliant.estimators.gumbel import (
     concrete_log_density,
 )
 from pliant.estimators.hard_concrete import HardConcrete, SoftBinaryConcrete
+from pliant.estimators.ranked import RankStraightThrough
 from pliant.estimators.schedules import Decay, Ramp
 from pliant.estimators.score_function import Categorical, EpsilonGreedy, EpsilonGreedyOneHot, ScoreFunction
 from pliant.estimators.semantic_hashing import SemHash
@@ -36,6 +37,7 @@ __all__ = [
     "HardConcrete",
     "HardSigmoid",
     "Ramp",
+    "RankStraightThrough",
     "Rounding",
     "ScoreFunction",
     "SemHash",

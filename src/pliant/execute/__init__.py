@@ -38,6 +38,7 @@ from pliant.execute.routes import Node, Routes
 from pliant.execute.select import Select
 from pliant.execute.skip import Carried, Residual, Skip
 from pliant.execute.steps import Hold, Partial, Recurrent
+from pliant.execute.tokens import Drop, Merge, Reduce, Tokens, TokenView
 from pliant.execute.trees import Trees
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "Classify",
     "Cursor",
     "Deformed",
+    "Drop",
     "DynamicReLU",
     "Encoded",
     "Exits",
@@ -76,8 +78,9 @@ __all__ = [
     "Level",
     "Levels",
     "Linked",
-    "MixedConv2d",
     "Look",
+    "Merge",
+    "MixedConv2d",
     "MostConfident",
     "MostUseful",
     "Move",
@@ -90,12 +93,13 @@ __all__ = [
     "Pixels",
     "Place",
     "Planned",
-    "Reader",
-    "Reading",
     "Pressed",
     "Projective",
+    "Reader",
+    "Reading",
     "Reassemble",
     "Recurrent",
+    "Reduce",
     "Refine",
     "Region",
     "Remember",
@@ -112,6 +116,8 @@ __all__ = [
     "Steps",
     "Store",
     "ThinPlate",
+    "TokenView",
+    "Tokens",
     "Trees",
     "Unpacked",
     "Warp",

@@ -7,5 +7,6 @@ from pliant.retrofit.cascade import cascade
 from pliant.retrofit.causal import causal
 from pliant.retrofit.plan import Plan
 from pliant.retrofit.skips import skips
+from pliant.retrofit.tokens import tokens
 
-__all__ = ["Plan", "cascade", "causal", "exits", "skips"]
+__all__ = ["Plan", "cascade", "causal", "exits", "skips", "tokens"]

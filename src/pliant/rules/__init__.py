@@ -9,6 +9,7 @@ from pliant.rules.fixed import Always, Given, Never, Random
 from pliant.rules.forced import Forced
 from pliant.rules.halting import Halting
 from pliant.rules.place import Regressed, Uniform
+from pliant.rules.share import Share
 from pliant.rules.smooth_step import SmoothStep
 from pliant.rules.soft import ReluTanh, Sigmoid, Softmax, SpatialSoftmax
 from pliant.rules.threshold import Threshold
@@ -26,6 +27,7 @@ __all__ = [
     "Regressed",
     "ReluTanh",
     "Rule",
+    "Share",
     "Sigmoid",
     "SmoothStep",
     "Softmax",

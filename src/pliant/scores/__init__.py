@@ -17,10 +17,12 @@ from pliant.scores.routes import RouteGate
 from pliant.scores.saliency import ElementSaliency
 from pliant.scores.spatial import ConvGate, KernelPredictor, MaskHead, PointUncertainty, SqueezeMaskHead
 from pliant.scores.steps import Pressure, StepGate
+from pliant.scores.tokens import TokenAttention, TokenLinear, TokenNorm, TokenNovelty, TokenScore, TokenScored
 
 __all__ = [
     "ConvGate", "ElementSaliency", "Entropy", "Excitation", "GateMemory", "Guarded", "HaltingHead", "HyperCell", "KernelPredictor",
     "LinearGate", "LogitDistance", "Lookahead", "MLPGate", "Margin", "MaskHead", "MaxProbability", "Noise", "NoisyRouter", "Patience", "PlacePolicy",
     "PointUncertainty", "Policy", "Pooled", "PooledLinear", "Pressure", "RecurrentGate", "Remainder", "RouteGate", "Router", "Saliency",
-    "Shrink", "SideConv", "SqueezeMaskHead", "Steady", "StepGate", "WhereToJump", "WhetherToJump",
+    "Shrink", "SideConv", "SqueezeMaskHead", "Steady", "StepGate", "TokenAttention", "TokenLinear", "TokenNorm", "TokenNovelty",
+    "TokenScore", "TokenScored", "WhereToJump", "WhetherToJump",
 ]  # fmt: skip
