@@ -24,6 +24,10 @@ class Meter(Protocol):
         """The part that began last ends."""
         ...
 
+    def extend(self, owner: nn.Module, visits: int) -> None:
+        """A loop of ``owner`` runs ``visits`` times, of which two ran here: each costs as much more as the second did."""
+        ...
+
 
 Ran = tuple[nn.Module, int, str, Tensor | None, Tensor | None, Tensor | None]
 """That a part ran: its owner, visit and choice, on which rows of the original batch, units of it for each, and wanted ones."""
@@ -79,6 +83,11 @@ def rows() -> Tensor | None:
 def reached() -> Tensor | None:
     """Which rows in flight would really come here, when everything is computed; None means all."""
     return _state.reached
+
+
+def meter() -> Meter | None:
+    """Whoever counts this thread's parts, if anybody does."""
+    return None if _state.tape is None else _state.tape.meter
 
 
 class opened:

@@ -251,7 +251,7 @@ def _read(model: nn.Module, written: tape.Tape) -> dict[str, Any]:
     visits: dict[str, tuple[Decision, ...]] = {}
     for site, decision in written.decisions:
         path = paths[id(site)]
-        visits[path] = (*visits[path], decision) if decision.visit else (decision,)
+        visits[path] = (*visits.get(path, ()), decision) if decision.visit else (decision,)
     exits = tuple([Exit(*e) for e in written.exits])
     notes = tuple([Note(paths[id(ran[0])], *ran[1:]) for ran in written.ran])
     return {"visits": visits, "exits": exits, "notes": notes}

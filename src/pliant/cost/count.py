@@ -83,6 +83,20 @@ class _Meter:
         self.settle()
         self.stack.pop()
 
+    def extend(self, owner: nn.Module, visits: int) -> None:
+        first = [key for key in self.inner[self.stack[-1]] if key[:2] == (id(owner), 0)]
+        for visit in range(2, visits):
+            self.inner[self.stack[-1]] += [self._later(key, visit) for key in first]
+
+    def _later(self, key: tuple[int, int, str], visit: int) -> tuple[int, int, str]:
+        """Part ``key`` of visit 0, and all inside it, for a later visit."""
+        owner, _, choice = key
+        first, second = self.parts[key], self.parts[owner, 1, choice]
+        later = Part(own=first.own + visit * (second.own - first.own), of=first.of)
+        self.parts[owner, visit, choice] = later
+        self.inner[later] = [self._later(inside, visit) for inside in self.inner.get(first, [])]
+        return owner, visit, choice
+
 
 @dataclass(frozen=True)
 class Like:

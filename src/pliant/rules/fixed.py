@@ -130,21 +130,21 @@ class Given(Rule):
     def __init__(self, trace: Trace) -> None:
         super().__init__()
         self.trace = trace
-        self.values: list[Tensor] = []
+        self.values: dict[int, Tensor] = {}  # by visit: a loop may come here at some of its steps only
         self.weights = False
         self.path = ""
 
     def __deepcopy__(self, memo: dict[int, object]) -> Given:
         return self._with(self.values)
 
-    def _with(self, values: list[Tensor]) -> Given:
+    def _with(self, values: dict[int, Tensor]) -> Given:
         twin = Given(self.trace)
         twin.values, twin.weights, twin.path = values, self.weights, self.path
         return twin
 
     def at(self, visit: int) -> Given:
-        """What the trace holds of that visit; beyond the last one every row saves."""
-        return self._with(self.values[visit : visit + 1])
+        """What the trace holds of that visit; at one that it doesn't hold every row saves."""
+        return self._with({visit: self.values[visit]} if visit in self.values else {})
 
     def attach(self, path: str) -> None:
         """Take this site's values out of the trace; a site that nobody reached saves."""
@@ -152,7 +152,7 @@ class Given(Rule):
         if path not in self.trace:
             return
         visits = self.trace[path]
-        self.values = [decision.dense(self.trace.batch).detach() for decision in visits]
+        self.values = {decision.visit: decision.dense(self.trace.batch).detach() for decision in visits}
         self.weights = visits[0].is_weight  # a soft rule's values are weights, and replay as such
 
     def forward(self, scores: Tensor) -> Outcome:
@@ -167,7 +167,8 @@ class Given(Rule):
                 site=self.path,
             )
         rows = tape.rows()
-        values = self.values[0] if rows is None else self.values[0].index_select(0, rows)
+        values = next(iter(self.values.values()))
+        values = values if rows is None else values.index_select(0, rows)
         if values.shape[0] != scores.shape[0]:
             raise PliantError(
                 got=f"{scores.shape[0]} rows in flight",
