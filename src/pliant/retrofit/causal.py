@@ -85,9 +85,9 @@ class CausalExits(Executor):
         for k, depth in enumerate(self.stack.depths):
             tape.write_exit(self, self.logits(k, output.hidden_states[depth]).transpose(1, 2))
         tape.write_exit(self, prediction_of(output).transpose(1, 2))
-        if not asked:
-            output.hidden_states = None
-        return output
+        if asked:
+            return output
+        return type(output)(**{name: value for name, value in output.items() if name != "hidden_states"})
 
     def site(self, k: int) -> Site:
         """The site of exit ``k``."""
