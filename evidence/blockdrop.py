@@ -17,7 +17,7 @@ from pliant.reproduce import Claim, Lab, Table
 from pliant.study import accuracy
 from pliant.train import PlanCurriculum, agent_on_backbone
 
-ROWS, SEEDS, EPOCHS, DEPTH, WIDTHS = 3000, (0, 1), (6, 9, 5), 20, (8, 16, 32)
+ROWS, SEEDS, EPOCHS, DEPTH, WIDTHS = 3000, (0, 1), (8, 14, 20), 20, (8, 16, 32)
 BLOCKS, GAMMAS = (DEPTH - 2) // 2, (2.0, 10.0)
 DATA = told(
     ROWS,
@@ -43,12 +43,14 @@ def reward(model: nn.Module, data: Dataset, gamma: float) -> float:
 
 
 def phases(gamma: float, curriculum: bool):
-    agent = Total({"policy": (1.0, SelfCritical(BlockDropReward(gamma=gamma))), "entropy": (0.01, EntropyBonus())})
+    """The agent on the frozen network at gamma 1, the paper's default, then both; less noise once the network learns too."""
+    agent = Total({"policy": (1.0, SelfCritical(BlockDropReward(gamma=1.0))), "entropy": (0.01, EntropyBonus())})
     joint = Total({"policy": (1.0, SelfCritical(BlockDropReward(gamma=gamma))), "task": (1.0, CrossEntropy())})
-    settings = phase(1, optimizer="adam", lr=1e-3, momentum=0.0, nesterov=False, schedule="constant")
+    settings = phase(1, optimizer="adam", lr=2e-3, momentum=0.0, nesterov=False, schedule="constant")
     freed = PlanCurriculum("site", BLOCKS, RULE) if curriculum else {"*": RULE}
     _, second, third = agent_on_backbone(settings=settings, sampled=freed, reward=agent, epochs=EPOCHS)
-    return second, replace(third, loss=joint, lr=5e-4)
+    calm = {"*": estimators.ScoreFunction(rules.Threshold(0.0), floor=0.95)}
+    return second, replace(third, loss=joint, lr=1e-3, schedule="cosine", rules=calm)
 
 
 def run(lab: Lab) -> list[Claim | Table]:
@@ -61,23 +63,14 @@ def run(lab: Lab) -> list[Claim | Table]:
         always = pliant.plain(start)
         trained(lab, f"backbone, seed {seed}", always, data, [phase(EPOCHS[0])], loss=LAST_ONLY, seed=seed)
         full = accuracy(always.eval(), data.test)[0]
-        used = {}
+        used, agent = {}, copy.deepcopy(start)
+        free = copy.deepcopy(start)
+        for what, model, curriculum in (("policy", agent, True), ("without curriculum", free, False)):
+            first = phases(GAMMAS[0], curriculum=curriculum)[0]
+            trained(lab, f"{what}, seed {seed}", model, data, [first], loss=LAST_ONLY, seed=seed)
+        ahead.append(reward(agent.eval(), data, 1.0) - reward(free.eval(), data, 1.0))
         for gamma in GAMMAS:
-            agent, joint = phases(gamma, curriculum=True)
-            model = copy.deepcopy(start)
-            trained(lab, f"policy, gamma {gamma:g}, seed {seed}", model, data, [agent], loss=LAST_ONLY, seed=seed)
-            if gamma == GAMMAS[0]:
-                free = copy.deepcopy(start)
-                trained(
-                    lab,
-                    f"without curriculum, seed {seed}",
-                    free,
-                    data,
-                    [phases(gamma, curriculum=False)[0]],
-                    loss=LAST_ONLY,
-                    seed=seed,
-                )
-                ahead.append(reward(model.eval(), data, gamma) - reward(free.eval(), data, gamma))
+            model, joint = copy.deepcopy(agent), phases(gamma, curriculum=True)[1]
             trained(lab, f"together, gamma {gamma:g}, seed {seed}", model, data, [joint], loss=LAST_ONLY, seed=seed)
             plan, got = plans(model, data.test.x), accuracy(model, data.test)[0]
             used[gamma] = float(plan.mean())
@@ -93,7 +86,8 @@ def run(lab: Lab) -> list[Claim | Table]:
                 speed.append(faster(always, model, data.test.x[:60], batch=1))
         more.append(used[GAMMAS[1]] - used[GAMMAS[0]])
     return [
-        Claim("at most 60 % of the blocks run after all phases", f"{percent(kept)} %", "<= 60 %", max(kept) <= 0.6, kept, f"gamma {GAMMAS[0]:g}"),
+        Claim("at most 60 % of the blocks run after all phases", f"{percent(kept)} %", "<= 60 %", max(kept) <= 0.6, kept,
+              f"gamma {GAMMAS[0]:g}; tried before: gamma 2 from the start, 9 and 5 epochs, as much noise in both phases: 91 %, 3.7 points lost"),
         Claim("and accuracy stays", f"{percent(lost)} points below the pre-trained network", "<= 1 point", max(lost) <= 0.01, lost),
         Claim(f"gamma {GAMMAS[1]:g} keeps more blocks than {GAMMAS[0]:g}", f"{percent(more)} points", "> 0", min(more) > 0, more),
         Claim("different paths over 4,000 test images", ", ".join(map(str, paths)), ">= 10 on 10k", min(paths) >= 10, paths),

@@ -20,8 +20,8 @@ from pliant.study import accuracy
 from pliant.systems.depth.skipnet import GATES
 from pliant.train import relaxed_to_hybrid
 
-ROWS, SEEDS, EPOCHS, DEPTH, WIDTHS = 3000, (0, 1), (5, 4), 20, (8, 16, 32)
-ALPHAS = (1.0, 0.1)
+ROWS, SEEDS, EPOCHS, DEPTH, WIDTHS = 3000, (0, 1), (6, 24), 20, (8, 16, 32)
+ALPHAS = (2.2, 0.5)
 DATA = told(ROWS, f"; ResNet-{DEPTH} at half the width")
 RELAXED = {"*": estimators.StraightThrough(rules.Threshold(0.0))}
 SAMPLED = {"*": estimators.ScoreFunction(rules.Threshold(0.0))}
@@ -58,7 +58,7 @@ def run(lab: Lab) -> list[Claim | Table]:
         for alpha in ALPHAS:
             hybrid = Total({"hybrid": (1.0, losses.Hybrid(alpha=alpha, baseline=losses.LeaveOneOut()))})
             first, second = relaxed_to_hybrid(
-                settings=phase(1), relaxed=RELAXED, sampled=SAMPLED, hybrid=hybrid, epochs=EPOCHS, slower=0.5
+                settings=phase(1), relaxed=RELAXED, sampled=SAMPLED, hybrid=hybrid, epochs=EPOCHS, slower=0.1
             )
             if start is None:
                 start = seeded(seed, lambda: create_model("skipnet", in_chans=1, depth=DEPTH, widths=WIDTHS))
@@ -84,7 +84,7 @@ def run(lab: Lab) -> list[Claim | Table]:
     table = _gates(lab)
     return [
         Claim("after hybrid training at most 75 % of the blocks run", f"{percent(shares)} %", "<= 75 %", max(shares) <= 0.75, shares,
-              f"alpha {ALPHAS[0]}; the paper's 0.1 and 0.01 are for rewards that add up over 54 blocks"),
+              f"alpha {ALPHAS[0]}; the paper's 0.1 is for 54 blocks, each of which matters less; tried before: 1, short, opens all gates, 3 shuts all"),
         Claim("and accuracy stays", f"{percent(lost)} points below the supervised stage", "<= 0.5 points in the mean", mean(lost) <= 0.005, lost),
         Claim(f"alpha {ALPHAS[1]} runs more blocks than {ALPHAS[0]}", f"{percent(saved)} points", "> 0", min(saved) > 0, saved),
         Claim("skipping hangs on the input: variance over images of how many blocks run", ", ".join(f"{v:.2f}" for v in spread), "> 0",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.core.bind import bind, sites
+from pliant.core.calls import call_of
 from pliant.core.errors import PliantError
 from pliant.core.trace import record
 from pliant.cost.count import describe, prices
@@ -319,7 +320,7 @@ def reported(model: nn.Module, data: Dataset) -> Study:
     Raises:
         PliantError: where the model isn't a chain of exits.
     """
-    if not is_chain(model, data.val.x[:1]):
+    if not is_chain(model, call_of(data.val.x[:1])):
         raise PliantError(
             got="a model that isn't a chain of exits", expected="sites that are the exits of one chain",
             do="use 'pliant evaluate' for gated models",
@@ -350,7 +351,7 @@ def measured(model: nn.Module, data: Dataset) -> dict[str, Any]:
         "dense_accuracy": dense_right, "dense_gflops": dense_flops / 1e9, "seconds": seconds, "dense_seconds": dense_seconds,
         "realised_saving": realised_share(seconds, dense_seconds, flops, dense_flops),
     }  # fmt: skip
-    if is_chain(model, data.test.x[:1]):
+    if is_chain(model, call_of(data.test.x[:1])):
         result = evaluation_of(model, data)
         thresholds = [float(dial_of(site)) for site in sites(model).values()]  # pyright: ignore[reportArgumentType]
         found["left_at"] = list(summary(result, thresholds).histogram)

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pliant.core.bind import bind, gathered, masked, named, share
+from pliant.core.calls import Call, call_of, prediction_of, rows_of
 from pliant.core.decision import Decision
 from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
 from pliant.core.site import Score, Site
-from pliant.core.trace import Trace
+from pliant.core.trace import Trace, batch_of
 from pliant.retrofit import probe
 from pliant.retrofit.heads import PooledHead, hidden_of
 from pliant.retrofit.host import HostExits
-from pliant.retrofit.output import output_like, prediction_of
+from pliant.retrofit.output import output_like
 from pliant.retrofit.refuse import refuse_model
 from pliant.rules.fixed import Given
 from pliant.rules.threshold import Threshold
@@ -84,10 +85,10 @@ def exits(
     at = _checked(model, at)
     if heads is not None and len(heads) != len(at):
         raise PliantError(got=f"{len(heads)} heads", expected=f"one for each of {len(at)} layers", do="pass as many")
-    call = probe.call_of(example)
+    call = call_of(example)
     leave = sorted({round(i * (len(at) - 1) / 2) for i in range(3)})  # the first, a middle and the last exit
     counts = (len(leave) + 2, len(leave) + 4)
-    few, many = (probe.look(model, probe.rows_of(call, n), at) for n in counts)
+    few, many = (probe.look(model, rows_of(call, n), at) for n in counts)
     probe.refuse_unfit(few, many, at, counts)
     logits = prediction_of(few.output)
     if logits.shape[0] != counts[0]:
@@ -106,7 +107,7 @@ def exits(
         twin.forward, at, heads, sites, fixed=probe.fixed(few, many, counts), kind=type(few.output)
     ).train(model.training)  # fmt: skip
     made.install(twin, probe.cover(twin, at))
-    _prove(twin, probe.rows_of(call, counts[0]), at, leave)
+    _prove(twin, rows_of(call, counts[0]), at, leave)
     return twin
 
 
@@ -171,7 +172,7 @@ def _refuse_type(output: Any, logits: Tensor) -> None:
         ) from error
 
 
-def _prove(model: nn.Module, call: probe.Call, at: Sequence[str], leave: Sequence[int]) -> None:
+def _prove(model: nn.Module, call: Call, at: Sequence[str], leave: Sequence[int]) -> None:
     """Let rows leave at some exits and compare with the masked form; then look for the exit that is to blame."""
     trouble = _trial(model, call, at, dict(enumerate(leave)))
     if trouble is None:
@@ -185,9 +186,9 @@ def _prove(model: nn.Module, call: probe.Call, at: Sequence[str], leave: Sequenc
     )
 
 
-def _trial(model: nn.Module, call: probe.Call, at: Sequence[str], leave: dict[int, int]) -> str | None:
+def _trial(model: nn.Module, call: Call, at: Sequence[str], leave: dict[int, int]) -> str | None:
     """What goes wrong when row ``i`` leaves at exit ``leave[i]`` and the others go on; None where nothing does."""
-    count, device = probe.batch_of(*call), next(t.device for t in pytree.tree_leaves(call) if isinstance(t, Tensor))
+    count, device = batch_of(*call), next(t.device for t in pytree.tree_leaves(call) if isinstance(t, Tensor))
     stays = torch.tensor([[leave.get(i, len(at)) > k for i in range(count)] for k in range(len(at))], device=device)
     plan = {f"exits.sites.{k}": (Decision(value.float()),) for k, value in enumerate(stays)}
     probed = bind(model, {"exits.sites.*": Given(Trace(plan, (), (), count))}).eval()

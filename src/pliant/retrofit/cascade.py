@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pliant.core.bind import share
+from pliant.core.calls import Call, call_of, prediction_of
 from pliant.core.errors import PliantError
 from pliant.core.site import Score, Site
 from pliant.core.trace import batch_of
 from pliant.execute.exits import Exits
-from pliant.retrofit import probe
 from pliant.retrofit.host import refuse_loss
-from pliant.retrofit.output import output_like, prediction_of
+from pliant.retrofit.output import output_like
 from pliant.rules.threshold import Threshold
 from pliant.scores.confidence import MaxProbability
 
@@ -29,7 +29,7 @@ class Called(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, call: probe.Call) -> Tensor:
+    def forward(self, call: Call) -> Tensor:
         """The logits."""
         return prediction_of(self.model(*call[0], **call[1]))
 
@@ -101,7 +101,7 @@ def cascade(
             got=f"{len(models)} models, {len({id(model) for model in models})} of them different",
             expected="at least two, each its own", do="pass the cheap one first",
         )  # fmt: skip
-    call = probe.call_of(example)
+    call = call_of(example)
     with torch.no_grad():
         outputs = [share(model).eval()(*call[0], **call[1]) for model in models]
     said = [prediction_of(output) for output in outputs]

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from pliant.core.bind import share
+from pliant.core.calls import Call, call_of
 from pliant.core.errors import PliantError
 from pliant.core.files import atomic
 from pliant.retrofit import probe
@@ -102,7 +103,7 @@ class Plan:
         names = {
             path for step in self.steps for path in (expanded(model, step.at) if step.kind == "skips" else step.at)
         }
-        spent, shapes, total = _spent(model, probe.call_of(example), names)
+        spent, shapes, total = _spent(model, call_of(example), names)
         rows = [("what", "where", "shape", "FLOPs")]
         for step in self.steps:
             for path in expanded(model, step.at) if step.kind == "skips" else step.at:
@@ -148,7 +149,7 @@ def _no_plan(path: str | Path, got: str) -> PliantError:
 
 
 def _spent(
-    model: nn.Module, call: probe.Call, names: set[str]
+    model: nn.Module, call: Call, names: set[str]
 ) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]], int]:
     """Of each layer: FLOPs when it begins and ends, and the shape that it returns; and all FLOPs of the call."""
     twin = share(model).eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,32 +13,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pliant.core.bind import named, share
+from pliant.core.calls import Call as Call
+from pliant.core.calls import call_of as call_of
+from pliant.core.calls import rows_of as rows_of
 from pliant.core.errors import PliantError
-from pliant.core.trace import batch_of
 from pliant.retrofit.host import Leaf
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def call_of(example: Any) -> Call:
-    """An example as the arguments of a call: a mapping is keywords, a tuple positions, anything else the one argument."""
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
-
-
-def rows_of(call: Call, count: int) -> Call:
-    """A call with ``count`` rows, made by repeating those of ``call`` in turn."""
-    batch = batch_of(*call)
-    if batch == 0:
-        raise PliantError(got="an example without rows", expected="at least one", do="pass a small batch")
-
-    def repeat(t: Any) -> Any:
-        if not isinstance(t, Tensor) or t.ndim == 0 or t.shape[0] != batch:
-            return t
-        return t.index_select(0, torch.arange(count, device=t.device) % batch)
-
-    return pytree.tree_map(repeat, call)
 
 
 def module_of(model: nn.Module, path: str) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pliant.core.bind import bind, gathered, masked, named, share
+from pliant.core.calls import Call, call_of, prediction_of, rows_of
 from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
 from pliant.core.site import Rule, Score, Site
@@ -22,7 +23,6 @@ from pliant.execute import rows
 from pliant.retrofit import probe
 from pliant.retrofit.heads import PooledHead, hidden_of
 from pliant.retrofit.host import Entry, Leaf
-from pliant.retrofit.output import prediction_of
 from pliant.retrofit.refuse import refuse_model
 from pliant.rules.fixed import Always, Given, Random
 from pliant.rules.threshold import Threshold
@@ -185,13 +185,13 @@ def skips(
     """
     refuse_model(model, "skips")
     names = expanded(model, blocks)
-    call = probe.call_of(example)
+    call = call_of(example)
     counts = (3, 5)
     bare = share(model)
     for executor in bare.modules():
         if isinstance(executor, Executor):
             executor.form = "plain"
-    few, many = (probe.look(bare, probe.rows_of(call, n), names) for n in counts)
+    few, many = (probe.look(bare, rows_of(call, n), names) for n in counts)
     names = _fitting(few, names, blocks)
     probe.refuse_unfit(few, many, names, counts)
     fixed = probe.fixed(few, many, counts)
@@ -210,7 +210,7 @@ def skips(
         vars(block)["forward"] = Entry(skip.run)
         made.append(skip)
     twin.add_module("skips", made)
-    _prove(twin, probe.rows_of(call, counts[1]))
+    _prove(twin, rows_of(call, counts[1]))
     return twin
 
 
@@ -289,7 +289,7 @@ def _unfit(few: probe.Seen, path: str) -> str | None:
     )
 
 
-def _prove(model: nn.Module, call: probe.Call) -> None:
+def _prove(model: nn.Module, call: Call) -> None:
     """Let some rows pass by some blocks, and compare with the masked form."""
     probed = bind(model, {"skips.*": Random(0.5, torch.Generator().manual_seed(0))}).eval()
     everything = {path: rule for path, rule in (("exits.sites.*", Always()),) if hasattr(model, "exits")}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.core.bind import sites
+from pliant.core.calls import labelled
 from pliant.core.errors import PliantError
 from pliant.tune.dial import Dial
 from pliant.tune.held_out import HeldOut, Loader, collect, is_chain, refuse_test, spread
@@ -39,7 +40,7 @@ def tune(
 
     Args:
         model: in evaluation mode; its thresholds and temperatures are set **in place**, and the point travels with it.
-        loader: held-out batches ``(x, labels)``, never the test set; may be walked several times. What says of itself that
+        loader: held-out batches ``(inputs, labels)``, or mappings with ``labels``; never the test set; may be walked several times. What says of itself that
             it is a test set (``train=False``, ``split="test"``) is refused.
         budget: share of the dense network's FLOPs, in (0, 1].
         risk: allowed loss of held-out accuracy against the dense network, in [0, 1]; the cheapest such point is taken.
@@ -92,7 +93,7 @@ def tune(
             got=f"{len(sites(model))} sites and {len(batches)} batches", expected="at least one of each",
             do="pass a model that decides something, and held-out data",
         )  # fmt: skip
-    chain = is_chain(model, batches[0][0])
+    chain = is_chain(model, labelled(batches[0])[0])
     if delta is not None and not chain:
         raise PliantError(
             got="delta for a model that isn't a chain of exits",

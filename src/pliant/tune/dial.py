@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from pliant.core.bind import share, sites
+from pliant.core.calls import Call, joined, labelled, moved, rows_of
 from pliant.core.errors import PliantError
 from pliant.core.site import Outcome, Rule
+from pliant.core.trace import batch_of
 from pliant.tune.held_out import Loader, device_of, run, spread
 from pliant.tune.point import OperatingPoint, dial
 
@@ -53,12 +55,13 @@ class Dial:
         self.loader = loader
         self.trial = share(model)
         _own_thresholds(self.trial)
-        some: list[Tensor] = []
-        for x, _ in loader:
-            some.append(x)
-            if sum(map(len, some)) >= ROWS:
+        some: list[Call] = []
+        for batch in loader:
+            some.append(labelled(batch)[0])
+            if sum(batch_of(*call) for call in some) >= ROWS:
                 break
-        self.some = torch.cat(some)[:ROWS].to(device_of(model))
+        whole = joined(some)
+        self.some = moved(rows_of(whole, min(batch_of(*whole), ROWS)), device_of(model))
 
     @torch.no_grad()
     def thresholds(self, position: float) -> dict[str, float]:
@@ -71,10 +74,15 @@ class Dial:
         buffers: dict[str, Tensor] = {}
         for path, site in sites(trial).items():
             if (buffer := dial(site)) is not None:
+                inner = 0 < position < 1
+                if inner and getattr(site.rule, "by_rank", False):  # that threshold is a quantile already
+                    buffers[path] = buffer.fill_(position)
+                    continue
                 buffers[path] = buffer.fill_(ends)
                 site.rule = _AtQuantile(site.rule, buffer, position) if 0 < position < 1 else site.rule
         if 0 < position < 1:
-            trial(self.some)
+            args, kwargs = self.some
+            trial(*args, **kwargs)
         return {path: float(buffer) for path, buffer in buffers.items()}
 
     def at(self, position: float) -> OperatingPoint:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pliant.core.bind import bind, sites
+from pliant.core.calls import Call, labelled, moved, prediction_of, rows_of
 from pliant.core.errors import PliantError
 from pliant.core.trace import record
 from pliant.rules.fixed import Always
 from pliant.rules.threshold import Threshold
 
-Loader = Iterable[tuple[Tensor, Tensor]]
+Loader = Iterable[Any]
+"""Held-out batches: pairs ``(inputs, labels)``, inputs being a tensor, a tuple of arguments or a mapping of keywords; or mappings
+of keywords with ``labels`` among them, as loaders for transformers give."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +104,12 @@ def _scored(model: nn.Module, paths: list[str]) -> nn.Module:
     return bind(model, dict.fromkeys(paths, Threshold(float("-inf"))))
 
 
-def is_chain(model: nn.Module, x: Tensor) -> bool:
+def is_chain(model: nn.Module, call: Call) -> bool:
     """Whether the sites of ``model`` that spend are just the exits of one chain."""
     paths = spending(model)
+    args, kwargs = moved(rows_of(call, 1), device_of(model))
     with torch.no_grad():
-        _, trace = record(_scored(model, paths))(x[:1])
+        _, trace = record(_scored(model, paths))(*args, **kwargs)
     return len(trace.exits) == len(paths) + 1 and all(len(trace[s]) == 1 for s in paths)
 
 
@@ -113,7 +119,7 @@ def collect(model: nn.Module, loader: Loader) -> HeldOut:
 
     Args:
         model: a chain of exits, in evaluation mode.
-        loader: batches ``(x, labels)``.
+        loader: batches ``(inputs, labels)``, or mappings with ``labels``.
 
     Returns:
         What the exits say.
@@ -125,10 +131,11 @@ def collect(model: nn.Module, loader: Loader) -> HeldOut:
     every = record(_scored(model, paths))
     names: tuple[str, ...] = ()
     logits, scores, labels, first = [], [], [], None
-    for x, target in loader:
-        x = x.to(device_of(model))
-        first = x[:1] if first is None and len(x) else first
-        _, trace = every(x)
+    for batch in loader:
+        call, target = labelled(batch)
+        args, kwargs = call = moved(call, device_of(model))
+        first = rows_of(call, 1) if first is None and len(target) else first
+        _, trace = every(*args, **kwargs)
         names = tuple(path for path in trace if path in paths)
         logits.append(torch.stack([e.logits.float().cpu() for e in trace.exits]))
         scores.append(torch.stack([trace[s][0].scores.float().cpu() for s in names]))  # pyright: ignore[reportOptionalMemberAccess]
@@ -146,10 +153,13 @@ def collect(model: nn.Module, loader: Loader) -> HeldOut:
     return held
 
 
-def _cost(model: nn.Module, names: tuple[str, ...], k: int, x: Tensor) -> int:
-    """Executed FLOPs of a row that leaves at exit ``k``, scorers as they run: the exit is forced through ``given`` scores."""
+def _cost(model: nn.Module, names: tuple[str, ...], k: int, call: Call) -> int:
+    """Executed FLOPs of a row that leaves at exit ``k``, scorers as they run: a row of zeros, since a NaN would go on."""
     rules = {path: Threshold(float("inf" if i >= k else "-inf")) for i, path in enumerate(names)}
-    _, trace = record(bind(model, {**rules}))(torch.zeros_like(x))
+    args, kwargs = pytree.tree_map(
+        lambda t: torch.zeros_like(t) if isinstance(t, Tensor) and t.is_floating_point() else t, call
+    )
+    _, trace = record(bind(model, {**rules}))(*args, **kwargs)
     return int(trace.flops[0])
 
 
@@ -159,11 +169,13 @@ def run(model: nn.Module, loader: Loader) -> tuple[float, Tensor, int]:
     right = dense = 0
     spent: list[Tensor] = []
     recorder = record(model)
-    for x, target in loader:
-        y, trace = recorder(x.to(device_of(model)))
-        right += int((y.argmax(-1).cpu() == target).sum())
+    for batch in loader:
+        call, target = labelled(batch)
+        args, kwargs = moved(call, device_of(model))
+        y, trace = recorder(*args, **kwargs)
+        right += int((prediction_of(y).argmax(-1).cpu() == target.cpu()).sum())
         spent.append(trace.flops.cpu())
-        dense = int(trace.dense_flops[0]) if len(x) else dense
+        dense = int(trace.dense_flops[0]) if len(target) else dense
     rows = sum(map(len, spent))
     if rows == 0:
         raise PliantError(got="no held-out rows", expected="at least one batch", do="pass a loader of (x, labels)")
