@@ -21,9 +21,9 @@ from pliant.reproduce import Claim, Lab, Table
 from pliant.train import Fit, fit
 
 torch.set_num_threads(1)
-ROWS, EPOCHS, SEEDS, SIDE = 800, 7, (0,), 48
+ROWS, EPOCHS, SEEDS, SIDE = 800, 14, (0,), 48
 KINDS = (1, 2, 7, 8)  # trouser, pullover, sneaker, bag
-TARGETS, WEIGHT = (0.3, 0.5, 0.7), 2.0
+TARGETS, WEIGHT = (0.3, 0.5, 0.7), 8.0
 DATA = (
     f"made of Fashion-MNIST's trousers, pullovers, sneakers and bags on {SIDE} by {SIDE}: three of 10 to 12 pixels, or one of 36 to 44, over 8 torn "
     f"pieces of other items; a pixel brighter than a fifth of an item is the item's class, all else background; {ROWS:,} training and 600 test images"
@@ -132,7 +132,7 @@ def run(lab: Lab) -> list[Claim | Table]:
             max(apart) <= 0.15,
             apart,
             "shares of the dense network, its stem, decoder and gates included; the miss is of the executed cost, since with the paper's "
-            "expected one gates sank without closing: 0.82, 0.88 and 0.98 ran",
+            "expected one gates sank without closing: 0.82, 0.88 and 0.98 ran; with this one in half the epochs, 0.60, 0.66 and 0.78",
         ),
         Claim(
             "real time falls with the target, 32 images",
