@@ -40,6 +40,20 @@ def test_a_plan_says_where_it_attaches_and_what_that_is_worth() -> None:
     assert 45 < shares[3] < 50
 
 
+def test_tokens_in_a_plan(tmp_path: Path) -> None:
+    host, call = call_of("transformers ViT")
+    plan = Plan().exits("vit.layers.2").tokens("vit.layers.[01]", keep=0.5, how="merge")
+    plan.save(tmp_path / "plan.json")
+    model = Plan.load(tmp_path / "plan.json").apply(host, call)
+    assert list(pliant.sites(model)) == ["exits.sites.0", "tokens.0.site", "tokens.1.site"]
+    assert type(model.tokens[1].how).__name__ == "Merge"
+    shares = [float(line.split()[-3]) for line in plan.told(host, call).splitlines()[2:]]
+    assert 60 < shares[0] < 70
+    assert 40 < shares[1] < 47
+    with pytest.raises(PliantError, match="how='melt'; expected one of drop, merge"):
+        Plan().tokens("vit.layers.1", how="melt").apply(host, call)
+
+
 def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
     host, x = nn.Sequential(nn.Linear(4, 4)).eval(), torch.randn(2, 4)
     for call, message in (

@@ -178,14 +178,15 @@ class Tokens(Executor):
         return min(max(k, least), choices)
 
     def _counted(self, decision: Decision, choices: int) -> int:
-        """As many as the values say; rows that never come here, known in the masked form, say nothing."""
-        value = decision.value if decision.reached is None else decision.value[decision.reached]
-        if value.shape[0] == 0:
+        """As many as the values say. In a replayed masked form, a row without any is one that never came here."""
+        if decision.value.shape[0] == 0:
             return choices
-        counts = (value > 0).sum(1)
+        counts = (decision.value > 0).sum(1)
+        high: Any = counts.amax().item()
         if torch.compiler.is_exporting():
-            return counts[0].item()  # pyright: ignore[reportReturnType]
-        low, high = (int(n) for n in counts.aminmax())
+            torch._check(high <= choices)
+            return high
+        low = int(torch.where(counts > 0, counts, high).amin())
         if low != high:
             raise PliantError(
                 got=f"{low} to {high} of {choices} tokens kept in the rows of one batch",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,30 @@ from pliant.core.bind import share
 from pliant.core.calls import Call, call_of
 from pliant.core.errors import PliantError
 from pliant.core.files import atomic
+from pliant.execute.tokens import Drop, Merge, Reduce
 from pliant.retrofit import probe
 from pliant.retrofit.attach import exits
 from pliant.retrofit.skips import expanded, skips
+from pliant.retrofit.tokens import tokens
 
 VERSION = 1
-KINDS = ("exits", "skips")
+WAYS: dict[str, Callable[[], Reduce]] = {"drop": Drop, "merge": Merge}
+
+
+def _tokens(model: nn.Module, at: Sequence[str], *, how: str = "drop", **settings: Any) -> Any:
+    if how not in WAYS:
+        raise PliantError(
+            got=f"how={how!r}", expected=f"one of {', '.join(WAYS)}", do="name what becomes of the others"
+        )
+    return tokens(model, at, how=WAYS[how](), **settings)
+
+
+KINDS: dict[str, tuple[Callable[..., Any], str]] = {
+    "exits": (exits, "before"),
+    "skips": (skips, "inside"),
+    "tokens": (_tokens, "behind"),
+}
+"""What attaches each kind, and which FLOPs a plan tells of it: those before its layer, inside or behind."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +48,8 @@ class Step:
     """One kind of thing at some layers.
 
     Args:
-        kind: "exits" or "skips".
-        at: names of layers, or for skips patterns too.
+        kind: "exits", "skips" or "tokens".
+        at: names of layers, or for all but exits patterns too.
         settings: as keyword arguments of that function that JSON can hold, such as ``threshold``.
     """
 
@@ -68,6 +86,11 @@ class Plan:
         """The plan with gates before ``blocks``; settings as for :func:`pliant.retrofit.skips`."""
         return self._with("skips", blocks, settings)
 
+    def tokens(self, *at: str, **settings: Any) -> Plan:
+        """The plan with tokens leaving after the layers ``at``; settings as for :func:`pliant.retrofit.tokens`, ``how`` by name:
+        "drop" or "merge"."""
+        return self._with("tokens", at, settings)
+
     def _with(self, kind: str, at: Sequence[str], settings: dict[str, Any]) -> Plan:
         try:
             json.dumps(settings)
@@ -90,33 +113,29 @@ class Plan:
             PliantError: as the functions do.
         """
         for step in self.steps:
-            attach = exits if step.kind == "exits" else skips
-            model = attach(model, list(step.at), example=example, **step.settings)
+            model = KINDS[step.kind][0](model, list(step.at), example=example, **step.settings)
         return model
 
     def told(self, model: nn.Module, example: Any) -> str:
-        """A table: what, where, the hidden state there, and the share of the model's FLOPs before (exits) or inside (skips).
+        """A table: what, where, the hidden state there, and the share of the model's FLOPs before, inside or behind it.
 
         Raises:
             PliantError: where a layer isn't known or isn't called.
         """
-        names = {
-            path for step in self.steps for path in (expanded(model, step.at) if step.kind == "skips" else step.at)
-        }
-        spent, shapes, total = _spent(model, call_of(example), names)
+        at = {step.kind: step.at if step.kind == "exits" else expanded(model, step.at) for step in self.steps}
+        spent, shapes, total = _spent(model, call_of(example), {path for paths in at.values() for path in paths})
         rows = [("what", "where", "shape", "FLOPs")]
         for step in self.steps:
-            for path in expanded(model, step.at) if step.kind == "skips" else step.at:
+            for path in at[step.kind]:
                 if path not in spent:
                     raise PliantError(
                         got=f"a layer that isn't called: {path!r}", expected="one that runs once a call",
                         do="see dict(model.named_modules()) for the names",
                     )  # fmt: skip
                 before, after = spent[path]
-                share_, word = (after, "before") if step.kind == "exits" else (after - before, "inside")
-                rows.append(
-                    (step.kind, path, str(shapes[path]), f"{share_ / max(total, 1):6.1%} {word}".replace("%", " %"))
-                )
+                word = KINDS[step.kind][1]
+                part = {"before": after, "inside": after - before, "behind": total - after}[word] / max(total, 1)
+                rows.append((step.kind, path, str(shapes[path]), f"{part:6.1%} {word}".replace("%", " %")))
         widths = [max(len(row[k]) for row in rows) for k in range(3)]
         return "\n".join("  ".join([*(row[k].ljust(widths[k]) for k in range(3)), row[3]]).rstrip() for row in rows)
 

@@ -115,8 +115,10 @@ def _tokens_of(few: probe.Seen, path: str, prefix: int) -> Tensor:
     """The hidden state that ``path`` returns, where that is tokens."""
     hidden = hidden_of(few.hidden[path], path)
     if hidden.ndim != 3 or not 0 <= prefix < hidden.shape[1]:
-        rows = hidden.shape[0]  # windows come with other numbers of them
-        near = [p for p, s in few.first.items() if len(s) == 3 and s[0] == rows and s == few.taken.get(p)]
+        near = [
+            p for p, s in few.first.items()  # windows come with other numbers of rows
+            if len(s) == 3 and s[0] == hidden.shape[0] and s == few.taken.get(p) and p.count(".") <= path.count(".")
+        ]  # fmt: skip
         raise PliantError(
             got=f"a layer that returns {tuple(hidden.shape)}" + (f" with prefix={prefix}" if hidden.ndim == 3 else ""),
             expected="(rows, tokens, features), tokens that later layers treat as a set: maps and windows need them all",
