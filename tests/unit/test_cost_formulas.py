@@ -123,3 +123,12 @@ def test_layers_that_are_not_fused_are_counted_by_their_products() -> None:
         with counted() as counter:
             layer(torch.randn(2, 3))
         assert counter.get_total_flops() == 2 * 2 * gates_ * 4 * (3 + 4)
+
+
+def test_an_int8_product_costs_what_a_float_one_does():
+    a, b = torch.ones(32, 16, dtype=torch.int8), torch.ones(16, 8, dtype=torch.int8)
+    with counted() as whole:
+        assert int(torch._int_mm(a, b)[0, 0]) == 16
+    with counted() as known:
+        torch.mm(a.float(), b.float())
+    assert whole.get_total_flops() == known.get_total_flops() == 2 * 32 * 16 * 8

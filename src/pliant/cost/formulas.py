@@ -1,4 +1,4 @@
-"""Formulas for operators that PyTorch's counter reads as free: oneDNN's products and convolutions, the fused recurrent layer.
+"""Formulas for operators that PyTorch's counter reads as free: oneDNN's and int8 products, convolutions, the fused recurrent layer.
 
 Executors and folded networks call oneDNN's directly where it's faster than what PyTorch would choose.
 
@@ -32,6 +32,13 @@ if _product is not None and _product not in flop_registry:
     @register_flop_formula(_product)
     def _product_flops(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
         return 2 * rows[0] * weight[0] * weight[1]
+
+
+if torch.ops.aten._int_mm not in flop_registry:  # what int8 quantisation makes of a linear layer
+
+    @register_flop_formula(torch.ops.aten._int_mm)
+    def _int_flops(a: Any, b: Any, *_: Any, **__: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]
 
 
 for _op in _convolutions:
