@@ -13,7 +13,7 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "examples"
 NEEDS = {
     "bert_exits_trainer": ("transformers", "accelerate"), "lightning_skips": ("lightning", "timm"),
-    "retrofit_resnet18": ("torchvision",),
+    "causal_generate": ("transformers",), "retrofit_resnet18": ("torchvision",),
 }  # fmt: skip
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.py"))
 
