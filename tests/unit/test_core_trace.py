@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import pliant
@@ -197,3 +198,12 @@ def test_a_shape_that_hangs_on_the_input_is_said_per_call() -> None:
     assert site(torch.zeros(3, 2, 4, 5), shape=(1, 4, 5)).value.shape == (3, 1, 4, 5)
     with pytest.raises(PliantError, match=r"shape \(3, 1, 4, 5\); expected \(3, 1, 2, 2\)"):
         site(torch.zeros(3, 2, 4, 5), given=torch.ones(3, 1, 4, 5), shape=(1, 2, 2))
+
+
+def test_a_trace_rebuilt_from_its_tensors_keeps_its_prices() -> None:
+    """As DDP rebuilds what a model returns."""
+    torch.manual_seed(0)
+    _, trace = pliant.record(built("skip").eval())(torch.randn(5, WIDTH))
+    again = pytree.tree_map(lambda t: t.clone(), trace)
+    assert torch.equal(again.flops, trace.flops)
+    assert torch.equal(again.dense_flops, trace.dense_flops)

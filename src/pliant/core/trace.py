@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from pliant.core import tape
@@ -155,10 +156,20 @@ def _there(tensors: list[Any]) -> dict[str, Any]:
     return {str(i): t for i, t in enumerate(tensors) if t is not None}
 
 
-def _flatten(t: Trace) -> tuple[list[Any], list[Any]]:
+class _Context(list[Any]):
+    """What stands beside a flat trace's tensors. The prices go along where a trace is rebuilt in the same process, as DDP does."""
+
+    accounts: Accounts | None = None
+
+
+def _flatten(t: Trace) -> tuple[list[Any], _Context]:
     exits = [_there([e.logits, e.rows, e.reached]) for e in t.exits]
     leaves = [dict(t.visits), exits, [_there([n.rows, n.units, n.wanted]) for n in t.notes]]
-    return leaves, [t.batch if isinstance(t.batch, int) else -1, [[n.site, n.visit, n.choice] for n in t.notes]]  # pyright: ignore[reportUnnecessaryIsInstance]
+    names = [[n.site, n.visit, n.choice] for n in t.notes]
+    context = _Context([t.batch if isinstance(t.batch, int) else -1, names])  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not torch.compiler.is_compiling():
+        context.accounts = t.accounts
+    return leaves, context
 
 
 def _unflatten(leaves: Any, context: Any) -> Trace:
@@ -169,12 +180,13 @@ def _unflatten(leaves: Any, context: Any) -> Trace:
         tuple(Exit(e["0"], e.get("1"), e.get("2")) for e in exits),
         tuple(Note(n[0], n[1], n[2], r.get("0"), r.get("1"), r.get("2")) for n, r in zip(names, notes, strict=True)),
         batch,
+        getattr(context, "accounts", None),
     )
 
 
 pytree.register_pytree_node(
     Trace, _flatten, _unflatten, serialized_type_name="pliant.Trace",
-    to_dumpable_context=lambda c: c, from_dumpable_context=lambda c: c,
+    to_dumpable_context=list, from_dumpable_context=lambda c: c,
 )  # fmt: skip
 
 
@@ -197,6 +209,8 @@ class Recorder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, Trace]:
         """Call the model with a tape open."""
+        if isinstance(self.model, DistributedDataParallel):
+            _refuse_search(self.model)
         written = tape.Tape()
         with tape.opened(written):
             y = self.model(*args, **kwargs)
@@ -205,6 +219,16 @@ class Recorder(nn.Module):
         if torch.compiler.is_compiling():
             trace = Trace(trace.visits, trace.exits, trace.notes, trace.batch, accounts)
         return y, trace
+
+
+def _refuse_search(model: DistributedDataParallel) -> None:
+    """DDP takes a parameter that only the trace has read for unused, and then meets its gradient."""
+    if model.find_unused_parameters and torch.is_grad_enabled():
+        raise PliantError(
+            got="a DistributedDataParallel that looks for unused parameters in the prediction alone",
+            expected="one that sees the trace too, or doesn't look",
+            do="wrap it the other way round, DistributedDataParallel(record(model)), or pass find_unused_parameters=False",
+        )
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[str, str]]] = weakref.WeakKeyDictionary()

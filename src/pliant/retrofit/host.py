@@ -6,12 +6,13 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from pliant.core import tape
@@ -187,9 +188,10 @@ class HostExits(Executor):
                 site=self.at[k],
             )
         site, head, hidden = self.sites[k], self.heads[k], hidden_of(output, self.at[k])
-        logits = head(hidden, mask=follow(call.mask)) if self.reads_mask[k] else head(hidden)
-        tape.write_exit(self, logits)
-        decision = site(logits, carry=call.carry)
+        with _kept():
+            logits = head(hidden, mask=follow(call.mask)) if self.reads_mask[k] else head(hidden)
+            tape.write_exit(self, logits)
+            decision = site(logits, carry=call.carry)
         if decision.value.shape != hidden.shape[:1]:
             raise PliantError(
                 got=f"values of shape {tuple(decision.value.shape)} for {hidden.shape[0]} rows",
@@ -240,6 +242,14 @@ class HostExits(Executor):
         leaves, spec = pytree.tree_flatten(tree)
         kept = [t if (path, place, j) in self.fixed else call.cut(t) for j, t in enumerate(leaves)]
         return pytree.tree_unflatten(kept, spec)
+
+
+def _kept() -> AbstractContextManager[Any]:
+    """What an exit saves for backward is kept, also where the layers around it are checkpointed: when those run again, this
+    call is over and its exits don't."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return nullcontext()
+    return saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 def refuse_loss(kwargs: dict[str, Any]) -> None:
