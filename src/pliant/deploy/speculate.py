@@ -47,8 +47,8 @@ def speculate(
 
     In each round the layers before exit ``at`` write up to ``drafts`` tokens one by one. The layers behind it then read all of them
     in one pass that starts from the drafts' own hidden states, keys and values, so no layer sees a token twice. Each text of the
-    batch takes its own number of tokens, one at least, and leaves the batch when it ends. Drafting stops earlier where the site
-    of the exit wants to go on for every text: bind ``Never()`` there to draft always. The text is the full model's up to
+    batch takes the drafts that it accepts and the token that the full model says behind them, and leaves the batch when it ends.
+    Drafting stops earlier where the site of the exit wants to go on for every text: bind ``Never()`` there to draft always. The text is the full model's up to
     rounding: where two tokens are likeliest to within rounding, one pass over many tokens may prefer the other one than a pass over
     one, as it may in another batch.
 
@@ -112,8 +112,8 @@ class _Speech:
     def __init__(self, exits: CausalExits, input_ids: Tensor, mask: Tensor, room: int, drafts: int) -> None:
         rows = len(input_ids)
         self.exits, self.room, self.drafts = exits, room, drafts
-        self.text = Text(exits, mask, room + drafts)
-        self.said = input_ids.new_zeros((rows, room + drafts))
+        self.text = Text(exits, mask, room + drafts + 1)
+        self.said = input_ids.new_zeros((rows, room + drafts + 1))
         self.here = torch.arange(rows, device=input_ids.device)  # the texts that are left
         self.count = torch.ones_like(self.here)  # tokens said, of those that are left
         self.rounds, self.drafted, self.accepted = (torch.zeros_like(self.here) for _ in range(3))
@@ -129,37 +129,37 @@ class _Speech:
         while len(self.here):
             drafts, hidden = self._draft(at)
             truth = self._verify(at, hidden)
-            agreed = (drafts == truth).long().cumprod(1).sum(1)
-            taken = (agreed + 1).clamp(max=truth.shape[1])
-            fresh = torch.arange(truth.shape[1], device=truth.device) < taken[:, None]
-            place = self.count[:, None] + torch.arange(truth.shape[1], device=truth.device)
-            self.said[self.here[:, None], place] = truth  # what isn't taken is written over, or cut at the end
+            agreed = (drafts == truth[:, :-1]).long().cumprod(1).sum(1)
+            order = torch.arange(truth.shape[1], device=truth.device)
+            taken = order <= agreed[:, None]
+            self.said[self.here[:, None], self.count[:, None] + order] = truth  # what isn't taken is written over
             self.rounds[self.here] += 1
-            self.drafted[self.here] += truth.shape[1]
+            self.drafted[self.here] += drafts.shape[1]
             self.accepted[self.here] += agreed
-            self.token = truth.gather(1, taken[:, None] - 1).squeeze(1)
-            self.count = self.count + taken
-            self._leave((ended(truth, eos) & fresh).any(1) | (self.count >= self.room))
+            self.token = truth.gather(1, agreed[:, None]).squeeze(1)
+            self.count = self.count + agreed + 1
+            self._leave((ended(truth, eos) & taken).any(1) | (self.count >= self.room))
 
     def _draft(self, at: int) -> tuple[Tensor, Tensor]:
-        """Tokens that the first layers say one after the other (R, q), and the hidden states they leave off with (R, q, D)."""
-        text, site = self.text, self.exits.sites[at]
-        token, drafts, hidden = self.token, [], []
-        most = min(self.drafts, self.room - int(self.count.min()))
-        while len(drafts) < most:
-            entered = self._enter(token[:, None], len(drafts))
-            hidden.append(
-                text.run(entered, (0, self.exits.stack.depths[at]), [entered.hidden, text.here, entered.follow])
-            )
+        """Tokens that the first layers say one after the other (R, q), and the hidden states that end with theirs (R, q + 1, D)."""
+        tokens, hidden = [self.token], [self._first(at, self.token, 0)]
+        most = min(self.drafts, self.room - int(self.count.min()) - 1)
+        sure = True
+        while len(tokens) <= most and sure:
             logits = self.exits.logits(at, hidden[-1])[:, -1]
-            token = greedy(logits)
-            drafts.append(token)
-            if len(drafts) < most and bool(site(logits).value.all()):
-                break
-        return torch.stack(drafts, 1), torch.cat(hidden, 1)
+            tokens.append(greedy(logits))
+            sure = len(tokens) > most or not bool(self.exits.sites[at](logits).value.all())
+            hidden.append(self._first(at, tokens[-1], len(hidden)))
+        return torch.stack(tokens, 1)[:, 1:], torch.cat(hidden, 1)
+
+    def _first(self, at: int, token: Tensor, ahead: int) -> Tensor:
+        """The hidden state of a token behind the layers before exit ``at``."""
+        entered = self._enter(token[:, None], ahead)
+        state = [entered.hidden, self.text.here, entered.follow]
+        return self.text.run(entered, (0, self.exits.stack.depths[at]), state)
 
     def _verify(self, at: int, hidden: Tensor) -> Tensor:
-        """What the full model says behind the last token and behind each draft but the last, (R, q)."""
+        """What the full model says behind the last token and behind each draft, (R, q + 1)."""
         text, stack = self.text, self.exits.stack
         entered = self._enter(self.text.here.new_zeros(hidden.shape[:2]), 0)
         whole = text.run(entered, (stack.depths[at], stack.count), [hidden, text.here, entered.follow])
