@@ -90,7 +90,7 @@ HOSTS: dict[str, Host] = {
     "torchvision vgg16": Host(vision_model("vgg16", 32), ["features.4", "features.16"], []),
     "transformers BERT": Host(
         language_model("Bert", **SIZES), ["bert.encoder.layer.0", "bert.encoder.layer.2"], ["bert.encoder.layer.[1-3]"],
-        ["bert.encoder.layer.[02]"],
+        ["bert.encoder.layer.0"],
     ),
     "transformers DistilBERT": Host(
         language_model("DistilBert", dim=32, n_layers=4, n_heads=4, hidden_dim=64),

@@ -150,7 +150,9 @@ def test_the_public_checks_of_everything_on_one_model() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 5, 8)
     model = exits(
-        skips(tokens(Net().eval(), ["blocks.0"], example=x, how=Merge()), ["blocks.1"], example=x), ["blocks.1"], example=x
+        skips(tokens(Net().eval(), ["blocks.0"], example=x, how=Merge()), ["blocks.1"], example=x),
+        ["blocks.1"],
+        example=x,
     )
     items = ["gathered", "all_on", "replay", "rows", "flops", "dense_flops", "export", "empty", "nan"]
     assert list(pliant.check(model, x, only=items)) == items
@@ -208,7 +210,7 @@ def test_the_share_is_a_dial_and_copies_are_their_own() -> None:
     x = torch.randn(2, 21, 8)
     model = tokens(Net().eval(), ["blocks.0"], example=x, keep=0.5)
     rule = pliant.sites(model)["tokens.0.site"].rule
-    for threshold, left in ((0.5, 11), (0.0, 21), (0.9, 3), (float("-inf"), 21), (float("inf"), 1)):
+    for threshold, left in ((0.5, 11), (0.0, 21), (0.9, 3), (float("-inf"), 21), (float("inf"), 2)):
         rule.threshold.fill_(threshold)
         counted(model, {"x": x})
         assert model.blocks(x).shape[1] == 21  # on their own they drop nothing
@@ -279,6 +281,28 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> 
     arguments: dict[str, Any] = {"at": ["blocks.0"], "example": torch.randn(2, 9, 8), **changes}
     with pytest.raises(PliantError, match=message):
         tokens(Net().eval(), **arguments)
+
+
+@torch.no_grad()
+def test_attention_of_a_layer_that_rows_may_pass_by_is_refused() -> None:
+    x = torch.randn(2, 9, 8)
+    model = tokens(Net().eval(), ["blocks.0"], example=x, scorer=lambda _: scores.TokenAttention())
+    with pytest.raises(PliantError, match="attention of a layer that rows may pass by"):
+        skips(model, ["blocks.0"], example=x)
+    with pytest.raises(PliantError, match="attention of a layer that rows may pass by"):
+        tokens(
+            skips(Net().eval(), ["blocks.0"], example=x),
+            ["blocks.0"],
+            example=x,
+            scorer=lambda _: scores.TokenAttention(),
+        )
+
+
+def test_where_all_tokens_are_as_long_attention_decides() -> None:
+    for name, wanted in (("transformers BERT", scores.TokenAttention), ("transformers ViT", scores.TokenNorm)):
+        host, call = call_of(name)
+        model = tokens(host, HOSTS[name].tokens, example=call)
+        assert type(model.tokens[0].site.scorer) is wanted
 
 
 def test_a_rule_that_keeps_another_number_in_every_row_is_refused() -> None:

@@ -235,11 +235,19 @@ def _translated(program: Any, inputs: list[str], outputs: list[str]) -> Any:
     try:
         with redirect_stdout(StringIO()):
             made = torch.onnx.export(
-                program, input_names=inputs, output_names=outputs, dynamo=True, external_data=False, verbose=False
-            )
+                program, input_names=inputs, output_names=outputs, dynamo=True, external_data=False, verbose=False,
+                custom_translation_table={torch.ops.aten.sort.stable: _sort_stable},
+            )  # fmt: skip
     except Exception as error:  # as above
         raise _unfollowed("torch.onnx.export", error) from error
     return made.model_proto  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _sort_stable(x: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    """ONNX's TopK of all: among equals the lower index comes first, which is what a stable sort promises."""
+    op = importlib.import_module("onnxscript").opset18
+    size = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]))
+    return op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
 
 
 def _unfollowed(exporter: str, error: Exception) -> PliantError:

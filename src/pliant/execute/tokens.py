@@ -34,9 +34,7 @@ class Left(NamedTuple):
 
 
 class Reduce(nn.Module, ABC):
-    """What becomes of tokens that don't stay. ``least`` tokens behind the prefix stay, whatever the rule says."""
-
-    least = 0
+    """What becomes of tokens that don't stay."""
 
     @abstractmethod
     def forward(self, hidden: Tensor, size: Tensor | None, stay: Tensor, go: Tensor, prefix: int) -> Left:
@@ -74,8 +72,6 @@ class Merge(Reduce):
     attention isn't weighted by size, since a block of somebody else's has no place for it.
     """
 
-    least = 1
-
     def forward(self, hidden: Tensor, size: Tensor | None, stay: Tensor, go: Tensor, prefix: int) -> Left:
         """Those that stay, with what joined them."""
         size = hidden.new_ones(hidden.shape[:2]) if size is None else size
@@ -86,7 +82,7 @@ class Merge(Reduce):
 
 
 class Tokens(Executor):
-    r"""Of each row, the tokens that its site chooses go on; the first ``prefix`` (class, registers) always do.
+    r"""Of each row, the tokens that its site chooses go on; the first ``prefix`` (class, registers) always do, and one more.
 
     .. math:: y = (x_1, \dots, x_p, x_{i_1}, \dots, x_{i_k}), \qquad \{i_1, \dots, i_k\} = \{i : v_i = 1\}
 
@@ -169,13 +165,10 @@ class Tokens(Executor):
 
     def _count(self, decision: Decision, choices: int) -> int:
         """How many tokens stay behind the prefix, the same in every row."""
-        least: Any = max(self.how.least, 1 - self.prefix)
         k = self.site.rule.equal().count(choices)
         if k is None:
             k = self._counted(decision, choices)
-        if not isinstance(k, int):  # a symbol of an exported graph
-            return torch.sym_max(k, least) if least else k
-        return min(max(k, least), choices)
+        return min(max(k, 1), choices) if isinstance(k, int) else k  # else a symbol of an exported graph
 
     def _counted(self, decision: Decision, choices: int) -> int:
         """As many as the values say. In a replayed masked form, a row without any is one that never came here."""
@@ -184,6 +177,7 @@ class Tokens(Executor):
         counts = (decision.value > 0).sum(1)
         high: Any = counts.amax().item()
         if torch.compiler.is_exporting():
+            torch._check(high >= 1)
             torch._check(high <= choices)
             return high
         low = int(torch.where(counts > 0, counts, high).amin())

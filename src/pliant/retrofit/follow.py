@@ -30,12 +30,12 @@ class TokenCall:
     size: Tensor | None = None  # (batch, n): of how many each is the mean
     heard: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
-    def here(self, t: Tensor | None) -> Tensor | None:
+    def here(self, t: Any) -> Any:
         """Of a tensor over the whole batch the rows in flight."""
         now = tape.rows()
         return t if t is None or now is None else t.index_select(0, now)
 
-    def whole(self, t: Tensor | None) -> Tensor | None:
+    def whole(self, t: Any) -> Any:
         """A tensor of the rows in flight over the whole batch; nobody reads what the other rows then have."""
         now = tape.rows()
         return t if t is None or now is None else t.new_zeros((self.batch, *t.shape[1:])).index_copy(0, now, t)

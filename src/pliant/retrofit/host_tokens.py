@@ -82,7 +82,7 @@ class HostTokens(Aside):
     def _heard(self, k: int, name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
         call = self._open()
         if call is not None:
-            call.heard.setdefault(k, {})[name] = output
+            call.heard.setdefault(k, {})[name] = call.whole(output)  # an exit at the same layer may drop rows yet
 
     def _after(self, k: int, layer: nn.Module, args: Any, output: Any) -> Any:
         """After layer ``at[k]``: what is returned is what the host goes on with."""
@@ -95,7 +95,7 @@ class HostTokens(Aside):
         size = call.here(call.size)
         if size is None and there is not None:
             size = there.to(hidden.dtype)  # padding weighs nothing
-        left = tokens.step(hidden, size=size, there=there, looks=self._looks(call, k, hidden))
+        left = tokens.step(hidden, size=size, there=there, looks=self._looks(call, k, layer))
         call.left(hidden.shape[1], left)
         return (left.hidden, *output[1:]) if isinstance(output, tuple) else left.hidden
 
@@ -106,17 +106,18 @@ class HostTokens(Aside):
             return None
         return (mask if rows.same(mask.shape[0], hidden.shape[0]) else call.here(mask)) != 0
 
-    def _looks(self, call: TokenCall, k: int, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _looks(self, call: TokenCall, k: int, layer: nn.Module) -> tuple[Tensor, Tensor] | None:
         """The class token's query, and the keys of those that may go, by heads."""
         heard, heads = call.heard.pop(k, {}), self.heads[k]
         if not heads:
             return None
-        both = heard["qkv"].chunk(3, -1)[:2] if "qkv" in heard else (heard["q"], heard["k"])
-        if both[0].shape[:2] != hidden.shape[:2]:
+        if "forward" in vars(layer):  # a gate's, by which rows pass without any attention
             raise PliantError(
-                got=f"attention for {both[0].shape[0]} of {hidden.shape[0]} rows", expected="a layer that every row runs",
-                do="score by pliant.scores.TokenNorm after layers that rows may pass by", site=self.at[k],
+                got="attention of a layer that rows may pass by", expected="a layer that every row runs",
+                do="put the gate on another layer, or score by pliant.scores.TokenNorm or TokenLinear", site=self.at[k],
             )  # fmt: skip
+        heard = {name: call.here(t) for name, t in heard.items()}
+        both = heard["qkv"].chunk(3, -1)[:2] if "qkv" in heard else (heard["q"], heard["k"])
         query, key = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in both)
         prefix = int(self[k].prefix)  # pyright: ignore[reportArgumentType]
         return query[:, :, :1], key[:, :, prefix:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from pliant.retrofit.refuse import refuse_model
 from pliant.retrofit.skips import expanded
 from pliant.rules.fixed import Always
 from pliant.rules.share import Share
-from pliant.scores.tokens import TokenNorm, TokenNovelty, TokenScore, TokenScored
+from pliant.scores.tokens import TokenAttention, TokenNorm, TokenNovelty, TokenScore, TokenScored
 
 
 def tokens(
@@ -51,8 +52,8 @@ def tokens(
         keep: the share of tokens that stays at each layer, of those that come there, in [0, 1]; one, or one for each layer.
         how: what becomes of the others: ``Drop()``, the default, or ``Merge()`` from :mod:`pliant.execute`.
         scorer: from an example of the hidden state to a module from tokens :math:`(R, C, D)` to scores :math:`(R, C)`, one for
-            each layer. Default, ``TokenNorm`` to drop and ``TokenNovelty`` to merge; ``TokenAttention`` reads the layer's own
-            attention, ``TokenLinear`` learns.
+            each layer. Default, ``TokenNovelty`` to merge and ``TokenNorm`` to drop, but where all tokens are about as long, as
+            behind BERT's layers, ``TokenAttention``, which reads the layer's own. ``TokenLinear`` learns.
         prefix: so many tokens at the front always stay; default, what the model calls ``num_prefix_tokens``, else 1.
 
     Returns:
@@ -102,7 +103,7 @@ def tokens(
     made: list[nn.Module] = []
     for path, part in zip(names, shares, strict=True):
         hidden = _tokens_of(few, path, prefix)
-        site = _site(hidden, part, scorer or (lambda _: TokenNovelty() if isinstance(how, Merge) else TokenNorm()))
+        site = _site(hidden, part, scorer or partial(_default, how, prefix))
         _refuse_scorer(site.scorer, hidden[:, prefix:], path)
         made.append(Tokens(site, how=how or Drop(), prefix=prefix).train(model.training))
     twin = share(model)
@@ -126,6 +127,15 @@ def _tokens_of(few: probe.Seen, path: str, prefix: int) -> Tensor:
             "drop rows or whole blocks here instead: pliant.retrofit.exits, skips", site=path,
         )  # fmt: skip
     return hidden
+
+
+def _default(how: Reduce | None, prefix: int, hidden: Tensor) -> TokenScore:
+    """Where a layer normalises what it returns, as BERT's do, all tokens are about as long and length says nothing."""
+    if isinstance(how, Merge):
+        return TokenNovelty()
+    length = hidden[:, prefix:].norm(dim=-1)
+    alike = (length.amax(1) - length.amin(1) <= 0.05 * length.mean(1)).all()
+    return TokenAttention() if alike else TokenNorm()
 
 
 def _site(hidden: Tensor, part: float, scorer: Callable[[Tensor], nn.Module]) -> Site:

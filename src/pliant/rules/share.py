@@ -15,11 +15,11 @@ from pliant.core.site import Outcome, Rule
 class Share(Rule):
     r"""Spend on a share of each row's choices, the same for all rows: those whose scores rank highest.
 
-    .. math:: v_i = 1[\mathrm{rank}(s_i) \le k], \qquad k = \lfloor (1 - t)\, n + 1/2 \rfloor
+    .. math:: v_i = 1[\mathrm{rank}(s_i) \le k], \qquad k = \max(1, \lfloor (1 - t)\, n + 1/2 \rfloor)
 
     The dial is the ``threshold`` :math:`t`, the part that saves: where :class:`Threshold` stands at a score, this one stands at a
     quantile of each row's own scores. So a tuned budget, a saved operating point and an exported graph turn it like any other:
-    ``-inf`` spends on all, ``inf`` on none. Among equals the lower index wins; NaN comes before every number.
+    ``-inf`` spends on all, ``inf`` on one. Among equals the lower index wins; NaN comes before every number.
 
     Shape:
         scores :math:`(R, n)`; the value has the same shape, with exactly :math:`k` ones in every row.
@@ -61,14 +61,14 @@ class Share(Rule):
         if not torch.compiler.is_exporting():
             return int(k)
         found: Any = k.item()  # a symbol of the graph
-        torch._check(found >= 0)
+        torch._check(found >= 1)
         torch._check(found <= choices)
         return found
 
     def _count(self, choices: int) -> Tensor:
         if not torch.compiler.is_exporting() and math.isnan(self.threshold):
             raise PliantError(got="a share that is NaN", expected="a number", do="tune the model again")
-        return ((1 - self.threshold.float()).clamp(0, 1) * choices + 0.5).floor().to(torch.int64)
+        return ((1 - self.threshold.float()).clamp(0, 1) * choices + 0.5).floor().clamp_min(1).to(torch.int64)
 
     def forward(self, scores: Tensor) -> Outcome:
         """Ones at the highest of each row."""
