@@ -200,6 +200,8 @@ def peer(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     static.load_state_dict(backbone.state_dict())
     heads = list(theirs.exit_heads.values())
     ours = leaving(resnet_exits(static, heads), x, [8, 8, 8, 8])
+    fitted = pliant.retrofit.exits(static, at=["layer1", "layer2", "layer3"], heads=heads, example=x[:5])
+    fitted = leaving(fitted, x, [8, 8, 8, 8])
     doubts = [float(site.rule.threshold) for site in pliant.sites(ours).values()]  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     theirs.config.confidence_thresholds = [1 - t for t in doubts]
     folded = optimised(ours, x)
@@ -210,6 +212,7 @@ def peer(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     assert exits == taken(ours, x).tolist() == taken(folded, x).tolist(), "the peer and ours leave at the same exits"
     assert_same(torch.cat([r.prediction for r in one_by_one]), y, "the peer's rows one by one against ours")
     assert_same(folded(x), y, "folded against built")
+    assert_same(fitted(x), y, "retrofitted against built")
     batched = theirs.forward_inference_batched(x)
     assert_same(static(x), dense_folded(x), "folded dense against dense")
     calls: dict[str, Call] = {
@@ -217,6 +220,7 @@ def peer(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "earlyon, batch": lambda: theirs.forward_inference_batched(x),
         "earlyon, one by one": lambda: [theirs(row[None]) for row in x],
         "pliant": lambda: ours(x),
+        "pliant.retrofit": lambda: fitted(x),
         "dense, optimised": lambda: dense_folded(x),
         "pliant, optimised": lambda: folded(x),
     }
