@@ -146,7 +146,7 @@ def _run_exported(
 ) -> Rows:  # fmt: skip
     """The same without a Python branch. One dummy row, never reached, keeps the gathered set from being empty."""
     rows = decision.value.shape[0]
-    index = _chosen(decision)
+    index = chosen_rows(decision)
     chosen = index.shape[0]
     torch._check(chosen <= rows)
     torch._check(chosen < 2**31)
@@ -159,7 +159,7 @@ def _run_exported(
     )
 
 
-def _chosen(decision: Decision) -> Tensor:
+def chosen_rows(decision: Decision) -> Tensor:
     """The rows that chose 1, without a dummy that an outer set ends in: the dummies would add up."""
     value = decision.value.detach()
     return (value if decision.reached is None else value * decision.reached.to(value.dtype)).nonzero().squeeze(1)
@@ -218,7 +218,7 @@ def _each_exported(
     rows = chosen[0].shape[0]
     for choice, (mask, run) in enumerate(zip(chosen, runs, strict=True)):
         here = replace(decision, value=mask.to(torch.float32))
-        part, index = _run_exported(site, here, choice, run, (x,), _first_only, lambda: None), _chosen(here)
+        part, index = _run_exported(site, here, choice, run, (x,), _first_only, lambda: None), chosen_rows(here)
         base = whole if choice else _each(part, lambda t: t.new_zeros((rows, *t.shape[1:])))
         whole = scatter(base, index, part)
     return whole

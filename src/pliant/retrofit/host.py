@@ -208,7 +208,7 @@ class HostExits(Executor):
 
     def _compact(self, call: _Call, k: int, decision: Decision, logits: Tensor, output: Any) -> Any:
         """Drop the rows that leave from what layer ``at[k]`` returned."""
-        site, index, real = self.sites[k], decision.value.detach().nonzero().squeeze(1), None
+        site, index, real = self.sites[k], rows.chosen_rows(decision), None
         kept = index
         if torch.compiler.is_exporting():  # no branch on data: a dummy row, never reached, stands for "nobody goes on"
             torch._check(index.shape[0] <= call.rows)
