@@ -293,14 +293,43 @@ def report(
 
 @app.command(epilog="Example: pliant export runs/digits digits.onnx --data digits")
 def export(
-    model: Model, path: Annotated[Path, typer.Argument(help="The ONNX file to write.")], data: Data = "digits", root: Root = None,
+    model: Annotated[str, typer.Argument(help="Folder written by save_pretrained, or an id: that with random weights.")],
+    path: Annotated[Path, typer.Argument(help="The ONNX file to write.")],
+    data: Data = "digits", root: Root = None, as_json: AsJson = False,
+    shape: Annotated[str | None, typer.Option(help="Of one input, such as 3,32,32; default, what --data has.")] = None,
+    words: Annotated[int | None, typer.Option(min=2, help="Inputs are word numbers below this one.")] = None,
+    arguments: Annotated[list[str] | None, typer.Option("--set", help="With an id: NAME=VALUE of its constructor.")] = None,
 ) -> None:  # fmt: skip
-    """Export a saved multi-exit model to ONNX with real skipping; the thresholds stay an input of the graph."""
-    from pliant.deploy import export_onnx
+    """Write one ONNX file that skips for real at any batch size; its thresholds stay an input of the graph."""
+    from pliant.deploy.onnx import described, example_of, export_onnx
 
     with _told():
-        written = export_onnx(_from(model), path, _load(data, root).val.x[:4])
-    out.print(str(written), soft_wrap=True)
+        network = _built(model, arguments or [])
+        example = _load(data, root).val.x[:4] if shape is None else example_of(shape, words)
+        value = {"model": model, **described(export_onnx(network, path, example))}
+    if as_json:
+        _print_json(value)
+        return
+    for name, what in value.items():
+        out.print(f"{name:>10}  {what}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _built(model: str, arguments: list[str]) -> nn.Module:
+    """The model of a folder, or a new one of an id."""
+    from pliant.systems.create import create_model
+
+    if Path(model).is_dir() or "/" in model:
+        return _from(Path(model))
+    given: dict[str, Any] = {}
+    for argument in arguments:
+        name, found, value = argument.partition("=")
+        try:
+            given[name] = json.loads(value)
+        except json.JSONDecodeError:
+            given[name] = value
+        if not found:
+            raise PliantError(got=f"--set {argument}", expected="NAME=VALUE", do="pass e.g. --set exits=3")
+    return create_model(model, **given).eval()
 
 
 @app.command(epilog="Example: pliant reproduce msdnet --root ~/data")

@@ -53,8 +53,33 @@ def test_train_tune_evaluate_report_export(tmp_path):
     page = tmp_path / "page.html"
     said("report", folder, "--out", str(page))
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
-    said("export", folder, str(tmp_path / "model.onnx"))
-    assert (tmp_path / "model.onnx").stat().st_size > 0
+    path = tmp_path / "model.onnx"
+    value = json.loads(said("export", folder, str(path), "--json"))
+    assert path.stat().st_size == value["bytes"] > 0
+    assert value["inputs"] == {
+        "input": "float32 (rows, 1, 8, 8)",
+        "thresholds": f"float32 ({len(value['thresholds'])})",
+    }
+    assert value["thresholds"] == pytest.approx(point["thresholds"])
+
+
+def test_export_of_an_id_and_what_it_refuses(tmp_path):
+    path = tmp_path / "model.onnx"
+    small = [f"--set={name}" for name in ("exits=2", "base=1", "step=1", "channels=4")]
+    assert "Example: pliant export" in said("export", "--help")
+    lines = said("export", "msdnet", str(path), "--shape", "3,16,16", *small)
+    assert "'logits': 'float32 (rows, 10)'" in lines
+    assert "'sites.0': 0.5" in lines
+    for arguments, message in (
+        (["nothing", str(path)], "nothing"),
+        (["msdnet", str(path), "--shape", "3,x"], "the shape '3,x'"),
+        (["msdnet", str(path), "--set", "exits"], "--set exits"),
+        (["msdnet", str(path), "--set", "depth=3"], "argument 'depth'"),
+        ([str(tmp_path / "nowhere"), str(path)], "nowhere"),
+    ):
+        result = run.invoke(app, ["export", *arguments])
+        assert result.exit_code == 2
+        assert message in result.stderr
 
 
 def test_unreachable_budget_and_missing_model_exit_with_2(tmp_path):

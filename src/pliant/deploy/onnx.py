@@ -102,6 +102,42 @@ def export_onnx(model: nn.Module, path: str | Path, example: Any) -> Path:
     return path
 
 
+def described(path: Path) -> dict[str, Any]:
+    """What an exported file takes and gives, where its thresholds stand, and its size."""
+    proto = _packages().load(path)
+    names = {1: "float32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}
+
+    def told(value: Any) -> str:
+        t = value.type.tensor_type
+        shape = ", ".join(d.dim_param or str(d.dim_value) for d in t.shape.dim)
+        return f"{names.get(t.elem_type, t.elem_type)} ({shape})"
+
+    return {
+        "file": str(path), "bytes": path.stat().st_size,
+        "inputs": {value.name: told(value) for value in proto.graph.input},
+        "outputs": {value.name: told(value) for value in proto.graph.output},
+        "thresholds": json.loads(next(p.value for p in proto.metadata_props if p.key == "pliant.thresholds")),
+    }  # fmt: skip
+
+
+def example_of(shape: str, words: int | None = None) -> Tensor:
+    """Four made inputs of a shape such as "3,32,32": normal numbers, or word numbers below ``words``.
+
+    Raises:
+        PliantError: where the shape isn't one.
+
+    >>> example_of("3,8,8").shape, example_of("5", words=9).dtype
+    (torch.Size([4, 3, 8, 8]), torch.int64)
+    """
+    sizes = [int(n) if n.strip().isdigit() else 0 for n in shape.split(",")]
+    if min(sizes) < 1:
+        raise PliantError(got=f"the shape {shape!r}", expected="that of one input", do="pass e.g. 3,32,32")
+    own = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(4, *sizes, generator=own) if words is None else torch.randint(1, words, (4, *sizes), generator=own)
+    )
+
+
 class _Served(nn.Module):
     """What's exported: the model in evaluation, its thresholds arguments, its answer beside the exit that gave it."""
 
