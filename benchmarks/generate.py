@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=3000, help="training texts")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes")
     parser.add_argument("--new", type=int, default=96, help="letters to write")
-    parser.add_argument("--drafts", type=int, nargs="+", default=[4, 8, 12], help="drafts of a round")
+    parser.add_argument("--drafts", type=int, nargs="+", default=[3, 7, 11], help="drafts of a round")
     parser.add_argument(
         "--thresholds", type=float, nargs="+", default=[0.5, 0.7], help="of early exits, on 1 - max probability"
     )

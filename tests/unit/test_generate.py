@@ -145,6 +145,17 @@ def test_every_pattern_of_exits(
     assert int(everything.flops.sum()) == counter.get_total_flops()
 
 
+def test_position_embeddings_are_looked_up_where_a_table_can_say_them() -> None:
+    for name, plain in (("Llama", True), ("GPT-2", False)):
+        host, at = HOSTS[name]()
+        model = causal(host, at, threshold=0.85)
+        assert model.exits.plain_front is plain
+        ids, mask = prompts(4)
+        wanted = generate(model, ids, attention_mask=mask)
+        model.exits.plain_front = False
+        assert torch.equal(generate(model, ids, attention_mask=mask), wanted)
+
+
 def test_rows_that_leave_are_not_run() -> None:
     model = causal(*llama())
     ids, mask = prompts(5)
@@ -291,6 +302,12 @@ def model_of(kind: str, **more: Any) -> Any:
         ("MistralForCausalLM", "model.layers.0", {"num_key_value_heads": 2}, "SlidingWindow.*sliding_window = None"),
         ("BertLMHeadModel", "bert.encoder.layer.0", {}, "reads ahead"),
         ("BloomForCausalLM", "transformer.h.0", {}, "can't be brought to its first layer"),
+        (
+            "LlamaForCausalLM",
+            "model.layers.0",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "scales all positions",
+        ),
         ("CohereForCausalLM", "model.layers.0", {"num_key_value_heads": 2}, "says something else"),
     ],
 )

@@ -58,6 +58,7 @@ class CausalExits(Executor):
         self.follows = stack.follows
         self.mask_at = stack.mask_at
         self.additive = stack.additive
+        self.plain_front = stack.plain
         depths = [0, *stack.depths, stack.count]
         self.spans = list(itertools.pairwise(depths))
 
@@ -75,6 +76,10 @@ class CausalExits(Executor):
     def layers(self) -> Sequence[nn.Module]:
         """The layers, first to last."""
         return self.root.get_submodule(self.stack.path)  # pyright: ignore[reportReturnType]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens as hidden states."""
+        return self.root.get_input_embeddings()(tokens)  # pyright: ignore[reportCallIssue]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The host's own forward; a recording holds every exit's logits (R, V, T) of the whole text, for losses."""

@@ -35,6 +35,7 @@ class Stack:
     follows: tuple[int, ...]  # which leaves of a layer's arguments have rows first, the hidden state left out
     mask_at: int  # which leaf is the mask
     additive: bool  # whether the mask is added to scores, not a choice
+    plain: bool  # whether layers are handed token embeddings, and beside them what hangs on each token's position alone
 
 
 def refuse_host(model: nn.Module) -> None:
@@ -89,13 +90,16 @@ def stack_of(model: nn.Module, at: Sequence[str]) -> Stack:
             got=f"at={list(at)}", expected=f"layers of {path!r} in their order, without the last one, {path}.{count - 1}",
             do="the last layer has the model's own answer behind it: name others",
         )  # fmt: skip
-    few, many = (_called(model, path, n) for n in (2, 3))
+    few, many = (_called(model, path, torch.zeros(n, 2, dtype=torch.int64), torch.arange(2)) for n in (2, 3))
     follows = tuple(j for j, t in enumerate(few) if j and _rows(t, 2) and _rows(many[j], 3))
     masks = [j for j, t in enumerate(few) if isinstance(t, Tensor) and t.shape == (1, 1, 1, 1)]
     if len(masks) != 1 or not any(isinstance(t, Cache) for t in few) or not _rows(few[0], 2):
         raise _unfit(model, "hands its layers no hidden state first, no cache or no mask")
     additive = model.config._attn_implementation == "eager"  # pyright: ignore[reportAttributeAccessIssue]
-    return Stack(path, count, depths, _after(model, path), tuple(sorted({*follows, *masks})), masks[0], additive)
+    follows = tuple(sorted({*follows, *masks}))
+    return Stack(
+        path, count, depths, _after(model, path), follows, masks[0], additive, _plain(model, path, follows, masks[0])
+    )
 
 
 def refuse_depths(stack: Stack, at: Sequence[str], heads: Sequence[nn.Module] | None) -> None:
@@ -173,20 +177,41 @@ def _layered(model: Any, layers: nn.ModuleList) -> bool:
     return len(layers) == model.config.get_text_config(decoder=True).num_hidden_layers
 
 
-def _called(model: Any, path: str, count: int) -> list[Any]:
-    """The leaves of what the first layer is called with, for ``count`` rows of two tokens."""
+def _plain(model: Any, path: str, follows: Sequence[int], mask_at: int) -> bool:
+    """Whether what the first layer is handed can be read from a table: token embeddings, and what positions alone say.
+
+    Raises where a position far off changes what's said of the near ones: a text would change while it grows.
+    """
+    tokens = torch.tensor([[0, 1, 0]])
+    far = model.config.get_text_config(decoder=True).max_position_embeddings + 7
+    try:
+        near = _called(model, path, tokens[:, :2], torch.arange(2))
+        other = _called(model, path, 1 - tokens, torch.tensor([0, 1, far]))
+    except PliantError:
+        return False
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(tokens[:, :2].to(near[0].device))
+    beside = [(near[j], other[j]) for j in follows if j != mask_at]
+    by_token = all(b.shape[:2] == (1, 3) for _, b in beside)
+    if by_token and not all(torch.equal(a, b[:, :2]) for a, b in beside):
+        raise _unfit(model, "scales all positions by the length of the text")
+    return by_token and torch.equal(near[0], embedded)
+
+
+def _called(model: Any, path: str, tokens: Tensor, positions: Tensor) -> list[Any]:
+    """The leaves of what the first layer is called with, for tokens (R, q) at positions (q,) of each row."""
     still = share(model).eval()
 
     def reached(layer: nn.Module, args: Any, kwargs: Any) -> None:
         raise Reached(args, kwargs)
 
     still.get_submodule(path)[0].register_forward_pre_hook(reached, with_kwargs=True)
-    tokens = torch.zeros(count, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    tokens = tokens.to(next(model.parameters()).device)
     mask = tokens.new_ones((1, 1, 1, 1), dtype=torch.bool)
     try:
         still(
-            input_ids=tokens, position_ids=torch.arange(2, device=tokens.device).expand(count, 2), attention_mask=mask,
-            past_key_values=Cache(count, 2), use_cache=True,
+            input_ids=tokens, position_ids=positions.to(tokens.device).expand(tokens.shape), attention_mask=mask,
+            past_key_values=Cache(*tokens.shape), use_cache=True,
         )  # fmt: skip
     except Reached as found:
         return pytree.tree_leaves(found.call)

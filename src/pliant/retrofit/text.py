@@ -98,9 +98,14 @@ class Host(Protocol):
     follows: tuple[int, ...]
     mask_at: int
     additive: bool
+    plain_front: bool
 
     def front(self, **call: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the first layer is called with."""
+        ...
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens as hidden states."""
         ...
 
     def layers(self) -> Sequence[nn.Module]:
@@ -149,6 +154,9 @@ class Text:
         self.here = torch.arange(rows, device=mask.device)
         self.ready = torch.full((rows, length + room), 127, dtype=torch.int8, device=mask.device)
         self.held: Tensor | None = None
+        self.table: tuple[list[Any], Any] | None = (
+            None  # what the first layer is called with for every position there may be
+        )
         self.padded = not isinstance(mask, FakeTensor) and bool((mask == 0).any())  # a price is the same either way
 
     @property
@@ -202,23 +210,37 @@ class Text:
         A layer is left as soon as they are stored: what it spends is its norm and its projections.
         """
         positions = slots - self.padding[rows]
-        first, leaves, spec = self._front(torch.zeros_like(positions)[None], positions[None])
+        _, leaves, spec = self._front(torch.zeros_like(positions)[None], positions[None])
         leaves[self.host.mask_at] = None
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         self.cache.place = Place(rows, slots, 0)
         for layer in self.layers[slice(*span)]:
             try:
-                layer(hidden[None].to(first.dtype), *args[1:], **kwargs)
+                layer(hidden[None], *args[1:], **kwargs)
             except _Filled:
                 continue
 
     def _front(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, list[Any], Any]:
+        """Hidden states before the first layer, and the leaves of what it's called with."""
+        positions = positions.clamp(min=0)
+        if not self.host.plain_front:
+            leaves, spec = self._called(tokens, positions)
+            return leaves[0], leaves, spec
+        if self.table is None:
+            every = torch.arange(self.cache.slots, device=tokens.device)[None]
+            self.table = self._called(torch.zeros_like(every), every)
+        leaves = list(self.table[0])
+        for j in self.host.follows:
+            if j != self.host.mask_at:
+                leaves[j] = leaves[j][0][positions]
+        return self.host.embed(tokens), leaves, self.table[1]
+
+    def _called(self, tokens: Tensor, positions: Tensor) -> tuple[list[Any], Any]:
         call = self.host.front(
-            input_ids=tokens, position_ids=positions.clamp(min=0), past_key_values=self.cache, use_cache=True,
+            input_ids=tokens, position_ids=positions, past_key_values=self.cache, use_cache=True,
             attention_mask=tokens.new_ones((1, 1, 1, 1), dtype=torch.bool),  # four dimensions: taken as it is
         )  # fmt: skip
-        leaves, spec = pytree.tree_flatten(call)
-        return leaves[0], leaves, spec
+        return pytree.tree_flatten(call)
 
     def _mask(self, place: Tensor, read: int, *, alike: bool, like: Tensor) -> Tensor | None:
         """Which slots each token looks at, (R, 1, q, read): those up to its own without padding; itself always."""
