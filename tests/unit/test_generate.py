@@ -227,6 +227,9 @@ def test_a_recorded_text_trains_the_exits() -> None:
     assert torch.equal(output.logits, plain.logits)
     assert output.keys() == plain.keys()
     assert [e.logits.shape for e in trace.exits] == [(3, WORDS, 6)] * 3
+    with FlopCounterMode(display=False) as counter:
+        _, again = pliant.record(model)(ids, attention_mask=mask)
+    assert int(again.flops.sum()) == counter.get_total_flops()
     MultiExit()(output.logits.transpose(1, 2), trace, ids, 0.0).backward()
     assert all(p.grad is not None and p.grad.any() for p in model.exits.parameters())
     assert torch.equal(model.eval()(ids).logits, host.eval()(ids).logits)
@@ -347,6 +350,8 @@ def test_exits_are_attached_once_and_one_head_for_each() -> None:
         causal(host, at, heads=[nn.Linear(32, WORDS)])
     with pytest.raises(PliantError, match="attached once"):
         causal(causal(host, at), at)
+    with pytest.raises(PliantError, match=r"pliant\.retrofit\.causal"):
+        exits(host, at, example={"input_ids": prompts(3)[0], "use_cache": False})
     host.set_attn_implementation("eager")
     host.config._attn_implementation = "paged|eager"
     with pytest.raises(PliantError, match="attention by"):

@@ -155,7 +155,8 @@ def _refuse_heads(heads: Sequence[nn.Module], hidden: Sequence[Tensor], logits: 
             raise PliantError(
                 got=f"a head that answers {tuple(answer.shape)} for {h.shape[0]} rows",
                 expected=f"what the model answers, {tuple(logits.shape)}",
-                do="give every head (or num_classes=) the size of the model's own logits",
+                do="give every head (or num_classes=) the size of the model's own logits"
+                + ("; for a language model that writes, pliant.retrofit.causal" if logits.ndim == 3 else ""),
                 site=path,
             )
 
