@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def call_of(example: Any) -> Call:
     """An example as the arguments of a call: a mapping is keywords, a tuple positions, anything else the one argument."""
     if isinstance(example, Mapping):
-        return (), dict(example)
-    return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
+        return (), dict(cast("Mapping[str, Any]", example))
+    return (tuple(cast("list[Any]", example)), {}) if isinstance(example, (tuple, list)) else ((example,), {})
 
 
 def rows_of(call: Call, count: int) -> Call:
@@ -36,7 +36,7 @@ def rows_of(call: Call, count: int) -> Call:
     return pytree.tree_map(repeat, call)
 
 
-def labelled(batch: Any) -> tuple[Call, Tensor]:
+def labelled(batch: object) -> tuple[Call, Tensor]:
     """A batch of a loader as a call and its labels: a pair ``(inputs, labels)``, or a mapping with ``labels``.
 
     Raises:
@@ -46,19 +46,30 @@ def labelled(batch: Any) -> tuple[Call, Tensor]:
     >>> args, list(kwargs), labels.tolist()
     ((), ['input_ids'], [0, 1])
     """
-    if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
-        return ((), {name: t for name, t in batch.items() if name != "labels"}), batch["labels"]
-    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
-        return call_of(batch[0]), batch[1]
+    what = type(batch).__name__
+    if isinstance(batch, Mapping):
+        inputs = dict(cast("Mapping[str, Any]", batch))
+        labels = inputs.pop("labels", None)
+        if isinstance(labels, Tensor):
+            return ((), inputs), labels
+    elif isinstance(batch, (tuple, list)):
+        pair = cast("list[Any]", batch)
+        if len(pair) == 2 and isinstance(pair[1], Tensor):
+            return call_of(pair[0]), pair[1]
+        what += f" of {len(pair)}"
     raise PliantError(
-        got=f"a batch that is a {type(batch).__name__}" + (f" of {len(batch)}" if hasattr(batch, "__len__") else ""),
+        got=f"a batch that is a {what}",
         expected="a pair (inputs, labels), or a mapping with 'labels'", do="pass a loader of such batches",
     )  # fmt: skip
 
 
 def moved(call: Call, device: torch.device) -> Call:
     """The same call on ``device``."""
-    return pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, call)
+
+    def move(t: Any) -> Any:
+        return t.to(device) if isinstance(t, Tensor) else t
+
+    return pytree.tree_map(move, call)
 
 
 def joined(calls: list[Call]) -> Call:
@@ -83,17 +94,17 @@ def joined(calls: list[Call]) -> Call:
     return pytree.tree_unflatten(whole, specs[0])
 
 
-def prediction_of(output: Any) -> Tensor:
+def prediction_of(output: object) -> Tensor:
     """The logits in a host's output: the tensor itself, ``.logits`` / ``["logits"]``, or a tuple's first element."""
-    found = output
+    found, kind = cast("Any", output), type(output).__name__
     if isinstance(output, Mapping):
-        found = output.get("logits")
-    elif type(output) is tuple and output:
-        found = output[0]
+        found = cast("Mapping[str, Any]", output).get("logits")
+    elif type(output) is tuple:
+        found = next(iter(cast("tuple[Any, ...]", output)), None)
     if isinstance(found, Tensor) and found.ndim >= 2:
         return found
     raise PliantError(
-        got=f"a model that returns {type(output).__name__}",
+        got=f"a model that returns {kind}",
         expected="a tensor of logits with rows first, a mapping with 'logits', or a tuple that begins with them",
         do="wrap the model so that it returns its logits",
     )

@@ -18,11 +18,11 @@ from torch.utils import _pytree as pytree
 
 from pliant.core import tape
 from pliant.core.bind import clean, executors, named, share
+from pliant.core.calls import prediction_of
 from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
 from pliant.core.files import atomic
 from pliant.core.site import Site
-from pliant.retrofit.output import prediction_of
 from pliant.tune.point import dial
 
 _LIMIT = 2**31 - 2**20  # bytes that one ONNX file can hold, less some room for the graph itself

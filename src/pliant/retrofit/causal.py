@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from pliant.core import tape
 from pliant.core.bind import share
+from pliant.core.calls import prediction_of
 from pliant.core.executor import Executor
 from pliant.core.site import Score, Site
 from pliant.execute import rows
 from pliant.retrofit.host import Entry
-from pliant.retrofit.output import prediction_of
 from pliant.retrofit.refuse import refuse_model
 from pliant.retrofit.stack import Stack, prove, refuse_depths, refuse_host, stack_of
 from pliant.retrofit.text import Entered, Reached, Text

@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from pliant.core import tape
+from pliant.core.calls import prediction_of
 from pliant.core.decision import Decision
 from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
@@ -23,7 +24,7 @@ from pliant.core.site import Site
 from pliant.execute import rows
 from pliant.retrofit.follow import follow
 from pliant.retrofit.heads import hidden_of
-from pliant.retrofit.output import output_like, prediction_of
+from pliant.retrofit.output import output_like
 
 Leaf = tuple[str, int | str, int]
 """A tensor that a module is handed: the module's path, position or keyword ("" for what it returns), leaf of that."""

@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from pliant.core.calls import prediction_of as prediction_of
-
 
 def output_like(kind: type, prediction: Tensor) -> Any:
     """``prediction`` as an output of type ``kind``; what else such an output may hold is left out."""

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pliant.core.bind import named, share
-from pliant.core.calls import Call as Call
-from pliant.core.calls import call_of as call_of
-from pliant.core.calls import rows_of as rows_of
+from pliant.core.calls import Call
 from pliant.core.errors import PliantError
 from pliant.retrofit.host import Leaf
 

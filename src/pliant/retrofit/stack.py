@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pliant.core.bind import bind, gathered, masked, named, share
+from pliant.core.calls import prediction_of
 from pliant.core.decision import Decision
 from pliant.core.errors import PliantError
 from pliant.core.site import Site
 from pliant.core.trace import Trace
 from pliant.retrofit import probe
-from pliant.retrofit.output import prediction_of
 from pliant.retrofit.text import Cache, Reached, Text
 from pliant.rules.fixed import Always, Given
 
