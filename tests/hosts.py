@@ -21,6 +21,8 @@ class Host:
     exits: list[str] = field(default_factory=list)
     skips: list[str] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
+    experts: list[str] = field(default_factory=list)
+    channels: list[str] = field(default_factory=list)
 
 
 def pictures(size: int, name: str = "x") -> dict[str, Tensor]:
@@ -78,31 +80,34 @@ HOSTS: dict[str, Host] = {
     "timm resnet50": Host(timm_model("resnet50", 64), ["layer1", "layer3.2"], ["layer*.1", "layer3.[2-5]"]),
     "timm mobilenetv3_small_100": Host(timm_model("mobilenetv3_small_100", 64), ["blocks.1", "blocks.3"], ["blocks.*.*"]),
     "timm efficientnet_b0": Host(timm_model("efficientnet_b0", 64), ["blocks.2", "blocks.4"], ["blocks.*.[1-3]"]),
-    "timm convnext_atto": Host(timm_model("convnext_atto", 64), ["stages.0", "stages.2"], ["stages.*.blocks.*"]),
+    "timm convnext_atto": Host(
+        timm_model("convnext_atto", 64), ["stages.0", "stages.2"], ["stages.*.blocks.*"], experts=["stages.*.blocks.0"]
+    ),
     "timm vit_tiny_patch16_224": Host(
         timm_model("vit_tiny_patch16_224", 64, img_size=64), ["blocks.3", "blocks.7"], [f"blocks.{i}" for i in range(1, 12, 2)],
-        ["blocks.[26]"],
+        ["blocks.[26]"], ["blocks.[0-2]"],
     ),
     "timm swin_tiny_patch4_window7_224": Host(
-        timm_model("swin_tiny_patch4_window7_224", 56, img_size=56), ["layers.1"], ["layers.*.blocks.1"]
+        timm_model("swin_tiny_patch4_window7_224", 56, img_size=56), ["layers.1"], ["layers.*.blocks.1"],
+        experts=["layers.*.blocks.1"],
     ),
     "torchvision resnet18": Host(vision_model("resnet18", 32), ["layer1", "layer2"], ["layer*.1"]),
     "torchvision vgg16": Host(vision_model("vgg16", 32), ["features.4", "features.16"], []),
     "transformers BERT": Host(
         language_model("Bert", **SIZES), ["bert.encoder.layer.0", "bert.encoder.layer.2"], ["bert.encoder.layer.[1-3]"],
-        ["bert.encoder.layer.0"],
+        ["bert.encoder.layer.0"], ["bert.encoder.layer.*"],
     ),
     "transformers DistilBERT": Host(
         language_model("DistilBert", dim=32, n_layers=4, n_heads=4, hidden_dim=64),
         ["distilbert.transformer.layer.1"], ["distilbert.transformer.layer.[1-3]"],
-        ["distilbert.transformer.layer.0"],
+        ["distilbert.transformer.layer.0"], ["distilbert.transformer.layer.*"],
     ),
     "transformers RoBERTa": Host(
         language_model("Roberta", **SIZES), ["roberta.encoder.layer.1"], ["roberta.encoder.layer.[1-3]"],
-        ["roberta.encoder.layer.1"],
+        ["roberta.encoder.layer.1"], ["roberta.encoder.layer.[12]"],
     ),
-    "transformers ViT": Host(vit, ["vit.layers.1"], ["vit.layers.[1-3]"], ["vit.layers.[02]"]),
-    "transformers Llama": Host(llama, [], ["model.layers.[1-3]"]),
+    "transformers ViT": Host(vit, ["vit.layers.1"], ["vit.layers.[1-3]"], ["vit.layers.[02]"], ["vit.layers.*"]),
+    "transformers Llama": Host(llama, [], ["model.layers.[1-3]"], experts=["model.layers.*"]),
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ class RankStraightThrough(Rule):
     hang on the scores, so no cost pulls at them: they learn which ones the task needs. In evaluation it's the rule itself.
 
     Shape:
-        scores :math:`(R, n)`; the value has the same shape.
+        scores :math:`(R, ..., n)`; the value has the same shape.
 
     Args:
         rule: a :class:`~pliant.rules.Share`.
@@ -60,7 +60,7 @@ class RankStraightThrough(Rule):
         if not self.training or not scores.requires_grad:
             return Outcome(hard)
         known = scores.detach().to(wide(scores)).nan_to_num(neginf=-1e4)  # padding is far below
-        lowest = known.masked_fill(hard == 0, math.inf).amin(1, keepdim=True)
-        highest = known.masked_fill(hard != 0, -math.inf).amax(1, keepdim=True)
+        lowest = known.masked_fill(hard == 0, math.inf).amin(-1, keepdim=True)
+        highest = known.masked_fill(hard != 0, -math.inf).amax(-1, keepdim=True)
         cut = torch.where(lowest.isinf(), highest, torch.where(highest.isinf(), lowest, (lowest + highest) / 2))
         return Outcome(straight_through(hard, (scores - cut).sigmoid().to(scores.dtype)))

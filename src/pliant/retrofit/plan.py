@@ -20,6 +20,7 @@ from pliant.core.files import atomic
 from pliant.execute.tokens import Drop, Merge, Reduce
 from pliant.retrofit import probe
 from pliant.retrofit.attach import exits
+from pliant.retrofit.experts import experts
 from pliant.retrofit.skips import expanded, skips
 from pliant.retrofit.tokens import tokens
 
@@ -39,6 +40,7 @@ KINDS: dict[str, tuple[Callable[..., Any], str]] = {
     "exits": (exits, "before"),
     "skips": (skips, "inside"),
     "tokens": (_tokens, "behind"),
+    "experts": (experts, "inside"),
 }
 """What attaches each kind, and which FLOPs a plan tells of it: those before its layer, inside or behind."""
 
@@ -48,7 +50,7 @@ class Step:
     """One kind of thing at some layers.
 
     Args:
-        kind: "exits", "skips" or "tokens".
+        kind: "exits", "skips", "tokens" or "experts".
         at: names of layers, or for all but exits patterns too.
         settings: as keyword arguments of that function that JSON can hold, such as ``threshold``.
     """
@@ -90,6 +92,10 @@ class Plan:
         """The plan with tokens leaving after the layers ``at``; settings as for :func:`pliant.retrofit.tokens`, ``how`` by name:
         "drop" or "merge"."""
         return self._with("tokens", at, settings)
+
+    def experts(self, *at: str, **settings: Any) -> Plan:
+        """The plan with the feed-forward layers inside ``at`` split; settings as for :func:`pliant.retrofit.experts`."""
+        return self._with("experts", at, settings)
 
     def _with(self, kind: str, at: Sequence[str], settings: dict[str, Any]) -> Plan:
         try:

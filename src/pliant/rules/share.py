@@ -22,7 +22,8 @@ class Share(Rule):
     ``-inf`` spends on all, ``inf`` on one. Among equals the lower index wins; NaN comes before every number.
 
     Shape:
-        scores :math:`(R, n)`; the value has the same shape, with exactly :math:`k` ones in every row.
+        scores :math:`(R, n)`; the value has the same shape, with exactly :math:`k` ones in every row. With dimensions in
+        between, :math:`(R, T, n)` say, each of a row's tokens ranks its own.
 
     Args:
         share: the part that spends, in [0, 1].
@@ -72,12 +73,12 @@ class Share(Rule):
 
     def forward(self, scores: Tensor) -> Outcome:
         """Ones at the highest of each row."""
-        if scores.ndim != 2:
+        if scores.ndim < 2:
             raise PliantError(
-                got=f"scores of shape {tuple(scores.shape)}", expected="(rows, choices)",
+                got=f"scores of shape {tuple(scores.shape)}", expected="(rows, ..., choices)",
                 do="rank within a row: Share needs several choices for each row (use Threshold for one)",
             )  # fmt: skip
         flat = scores.detach().nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
-        order = flat.argsort(dim=1, descending=True, stable=True)
-        first = torch.arange(scores.shape[1], device=scores.device) < self._count(scores.shape[1])
-        return Outcome(torch.zeros_like(flat).scatter(1, order, first.to(flat.dtype).expand_as(flat)))
+        order = flat.argsort(dim=-1, descending=True, stable=True)
+        first = torch.arange(scores.shape[-1], device=scores.device) < self._count(scores.shape[-1])
+        return Outcome(torch.zeros_like(flat).scatter(-1, order, first.to(flat.dtype).expand_as(flat)))

@@ -9,6 +9,7 @@ from pliant.scores.guard import Guarded, LogitDistance
 from pliant.scores.halting import HaltingHead, Remainder
 from pliant.scores.jump import WhereToJump, WhetherToJump
 from pliant.scores.lookahead import Lookahead
+from pliant.scores.mass import ChannelMass, Mass
 from pliant.scores.modulation import Excitation, HyperCell, PooledLinear, Saliency, SideConv
 from pliant.scores.place import PlacePolicy
 from pliant.scores.policy import Policy, Shrink
@@ -20,8 +21,8 @@ from pliant.scores.steps import Pressure, StepGate
 from pliant.scores.tokens import TokenAttention, TokenLinear, TokenNorm, TokenNovelty, TokenScore, TokenScored
 
 __all__ = [
-    "ConvGate", "ElementSaliency", "Entropy", "Excitation", "GateMemory", "Guarded", "HaltingHead", "HyperCell", "KernelPredictor",
-    "LinearGate", "LogitDistance", "Lookahead", "MLPGate", "Margin", "MaskHead", "MaxProbability", "Noise", "NoisyRouter", "Patience", "PlacePolicy",
+    "ChannelMass", "ConvGate", "ElementSaliency", "Entropy", "Excitation", "GateMemory", "Guarded", "HaltingHead", "HyperCell", "KernelPredictor",
+    "LinearGate", "LogitDistance", "Lookahead", "MLPGate", "Margin", "MaskHead", "Mass", "MaxProbability", "Noise", "NoisyRouter", "Patience", "PlacePolicy",
     "PointUncertainty", "Policy", "Pooled", "PooledLinear", "Pressure", "RecurrentGate", "Remainder", "RouteGate", "Router", "Saliency",
     "Shrink", "SideConv", "SqueezeMaskHead", "Steady", "StepGate", "TokenAttention", "TokenLinear", "TokenNorm", "TokenNovelty",
     "TokenScore", "TokenScored", "WhereToJump", "WhetherToJump",
