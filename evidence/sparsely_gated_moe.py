@@ -11,10 +11,11 @@ import torch
 from _sequences import SYMBOLS, characters
 from torch import Tensor, nn
 
-from pliant import create_model, masked, record
+from pliant import Decision, create_model, masked, record
 from pliant.cost import interleaved
-from pliant.losses import CrossEntropy, Importance, Load, Total
+from pliant.losses import CrossEntropy, Importance, Load, Total, load
 from pliant.reproduce import Claim, Lab, Table
+from pliant.scores.experts import Noise
 from pliant.systems.language import feed_forward
 from pliant.systems.width.sparsely_gated_moe import mixture
 from pliant.train import Fit, Phase, fit
@@ -76,7 +77,7 @@ def run(lab: Lab) -> list[Claim | Table]:
         rare.append(float(shares[0].min()) / EXPERTS)
         starved.append(float(shares[1].min()) / EXPERTS)
         rows.append((seed, math.exp(ours[-1]), math.exp(dense[-1]), math.exp(nats(free, test)), busy[-1], alone[-1]))
-    apart = _apart()
+    apart, slope = _apart(), _slope()
     table, growth = _seconds(lab)
     return [
         Claim(f"{EXPERTS} experts, {K} of them for each character: lower perplexity than a dense part of the same multiply-adds",
@@ -88,6 +89,8 @@ def run(lab: Lab) -> list[Claim | Table]:
               ", ".join(f"{a:.2f} times, least {100 * b:.2f} %" for a, b in zip(alone, starved, strict=True)), "> 4 or < 1 %",
               all(a > 4 or b < 0.01 for a, b in zip(alone, starved, strict=True)), alone),
         Claim("sorted dispatch equals the dense sum of gated experts", f"{apart:.1e}", "<= 1e-5", apart <= 1e-5, [apart]),
+        Claim("the smooth load's gradient is that of finite differences, double precision", f"{slope:.1e} relative difference", "<= 1e-5",
+              slope <= 1e-5, [slope]),
         Claim("time of a token at k = 2: 64 experts against 8", f"{growth:.2f} times", "<= 1.5 (about constant)", growth <= 1.5, [growth],
               f"2,048 tokens of width {WIDE}, experts of {2 * WIDE} units, processor time; the bound on 'roughly constant' is ours"),
         Table("Perplexity, and the busiest expert's load over the mean", ("seed", "experts", "dense", "no balance", "load", "no balance"), rows),
@@ -101,6 +104,24 @@ def _apart() -> float:
     model, x = _random(32), torch.randn(8, 64, WIDTH)
     y, ref = model(x), masked(model)(x)
     return float((y - ref).abs().max() / ref.abs().max())
+
+
+def _slope() -> float:
+    """How far the gradient of the smooth load by clean scores is from finite differences, relative to the largest."""
+    g = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(32, EXPERTS, generator=g, dtype=torch.float64) for _ in range(2))
+    std = 0.5 + torch.rand(32, EXPERTS, generator=g, dtype=torch.float64)
+
+    def total(clean: Tensor) -> Tensor:
+        decision = Decision(torch.ones_like(clean), scores=held + (clean - start), carry=Noise(clean, std))
+        return load(decision, K) @ torch.arange(1.0, EXPERTS + 1, dtype=torch.float64)
+
+    start, held = clean.clone(), clean + std * noise
+    (exact,) = torch.autograd.grad(total(clean.requires_grad_()), clean)
+    steps = 1e-6 * torch.eye(clean.numel(), dtype=torch.float64).unflatten(1, clean.shape)
+    with torch.no_grad():
+        found = torch.stack([(total(start + h) - total(start - h)) / 2e-6 for h in steps]).reshape(clean.shape)
+    return float((found - exact).abs().max() / exact.abs().max())
 
 
 def _random(experts: int, width: int = WIDTH, hidden: int = HIDDEN) -> nn.Module:
