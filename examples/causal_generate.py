@@ -38,7 +38,6 @@ def main() -> None:
         bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     model = causal(LlamaForCausalLM(config), at=["model.layers.1"], threshold=0.1)
-
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=120)
     loss = MultiExit([0.5, 1.0])
