@@ -34,6 +34,8 @@ from pliant.functional.dynamic_conv import Geometry, conv_each, conv_then_mix, m
 
 SHAPES = [(32, 32, 8), (32, 16, 32), (64, 16, 8), (64, 16, 32), (128, 8, 8), (128, 8, 32), (256, 4, 32)]
 """Channels, side, rows."""
+STAGES = [(64, 56, 1), (128, 28, 1), (128, 28, 8), (256, 14, 8), (512, 7, 8)]
+"""Likewise, where a ResNet on photographs has deformable layers."""
 EXPERTS, PAD = 8, Geometry(padding=1)
 
 
@@ -118,7 +120,7 @@ def main() -> None:
     with threads(1):
         found = {
             "kernels": [kernels(shape, args.rounds) for shape in SHAPES],
-            "deformable": [deformable(shape, args.rounds) for shape in SHAPES],
+            "deformable": [deformable(shape, args.rounds) for shape in (*SHAPES, *STAGES)],
             "environment": environment(args.seed, memory) | {"torchvision": torchvision.__version__},
         }
     save(args.json, found)

@@ -106,6 +106,48 @@ def test_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
                 )
 
 
+WIDE = {"3x3", "strided", "dilated", "oblong"}
+"""Cases of one group: those that packed rows of many channels serve."""
+
+
+def wide(name: str, rows: int, channels: int = 64, size: tuple[int, int] = (7, 6)):
+    """As ``some``, with many channels and offsets far beyond the border."""
+    kernel, _, geometry = CASES[name]
+    taps, out = kernel[0] * kernel[1], output_size(size, kernel, geometry)
+    x, weight = torch.randn(rows, channels, *size), torch.randn(24, channels, *kernel) / (taps * channels) ** 0.5
+    return x, 4 * torch.randn(rows, 2 * taps, *out), weight, torch.randn(24), torch.rand(rows, taps, *out)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("name", sorted(WIDE))
+def test_packed_rows_of_many_channels_give_the_same(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, offsets, weight, bias, mask = wide(name, rows)
+    offsets[:, :2] = offsets[:, :2].round()  # whole pixels too
+    for m in (mask, None):
+        wanted = deform_conv2d(x, offsets, weight, bias, mask=m, geometry=CASES[name][2])
+        for chunk in (deform.PACKED, 2 * 64 * 9 * 42):
+            monkeypatch.setattr(deform, "PACKED", chunk)
+            with torch.no_grad():
+                got = deform_conv2d(x, offsets, weight, bias, mask=m, geometry=CASES[name][2])
+            assert got.is_contiguous()
+            assert torch.allclose(got, wanted, atol=1e-4)
+
+
+def test_packed_rows_read_nothing_beyond_the_border_and_pass_nan_on() -> None:
+    x, offsets, weight, _, _ = wide("3x3", 2)
+    far = torch.full_like(offsets, 1e30)
+    far[1] = float("-inf")
+    x[:, :, 0] = x[:, :, -1] = x[:, :, :, 0] = x[:, :, :, -1] = float("nan")  # pixels that a clamped place would read
+    with torch.no_grad():
+        y = deform_conv2d(x, far, weight, geometry=CASES["3x3"][2])
+        assert torch.equal(y, torch.zeros_like(y))
+        offsets[:] = 0
+        offsets[1, 0, 3, 3] = float("nan")
+        y = deform_conv2d(torch.ones_like(x), offsets, weight, geometry=CASES["3x3"][2])
+    assert y[1, :, 3, 3].isnan().all()
+    assert y.isnan().sum() == 24
+
+
 def test_costs_a_static_convolution() -> None:
     x, offsets, weight, _, mask = some("grouped", 3)
     geometry = CASES["grouped"][2]
@@ -116,6 +158,16 @@ def test_costs_a_static_convolution() -> None:
                 call()
             counts.append(counter.get_total_flops())
     assert len(set(counts)) == 1
+
+
+def test_packed_rows_cost_a_static_convolution() -> None:
+    x, offsets, weight, _, mask = wide("strided", 3)
+    geometry, counts = CASES["strided"][2], []
+    for call in (lambda: F.conv2d(x, weight, None, *geometry), lambda: deform_conv2d(x, offsets, weight, mask=mask, geometry=geometry)):  # fmt: skip
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
 
 
 def test_an_offset_that_is_not_a_number_is_heard() -> None:

@@ -10,6 +10,8 @@ from pliant.functional.dynamic_conv import Geometry, output_size, pair
 from pliant.functional.sparse_conv import linear
 
 CHUNK = 2**18  # samples read before they are multiplied, without gradients: about what a core's cache holds
+PACKED = 2**21  # likewise where whole pixels are read, rows of a matrix: few products of many rows are faster
+WIDE = 64  # channels from which on reading whole pixels, each a row of all its channels, takes less time than maps
 
 
 def deform_conv2d(
@@ -49,11 +51,14 @@ def deform_conv2d(
     taps = weight.shape[2] * weight.shape[3]
     groups = offsets.shape[1] // (2 * taps)
     size = output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]), geometry)
+    places = _places(offsets.unflatten(1, (groups, taps, 2)), tuple(weight.shape[2:]), geometry)
+    if groups == geometry.groups == 1 and _wide(x, offsets, weight, mask):
+        y = _packed(x, places[:, 0], weight, mask)
+        return y if bias is None else y + bias[:, None, None]
     # A border of zeros to sides that are powers of two: then whole pixels survive the trip through grid_sample's
     # coordinates, and the slope at an offset of exactly 0 is the one to the right, as torchvision's.
     height, width = (1 << max(0, n - 1).bit_length() for n in x.shape[2:])
     x = F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]))
-    places = _places(offsets.unflatten(1, (groups, taps, 2)), tuple(weight.shape[2:]), geometry)
     scale = 2 / places.new_tensor([width, height])
     grid = (places * scale + (scale / 2 - 1)).flatten(2, 3)
     kernel = weight.flatten(1).unflatten(0, (geometry.groups, -1))
@@ -86,6 +91,50 @@ def _places(offsets: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> Ten
     y = lines[0].repeat_interleave(kernel[1], 0)[:, :, None]
     x = lines[1].repeat(kernel[0], 1)[:, None, :]
     return torch.stack([offsets[:, :, :, 1] + x, offsets[:, :, :, 0] + y], -1)
+
+
+def _wide(x: Tensor, offsets: Tensor, weight: Tensor, mask: Tensor | None) -> bool:
+    """Whether pixels have so many channels that they are best read whole: on a processor, in float32, without gradients."""
+    return (
+        x.shape[1] >= WIDE and x.shape[0] > 0 and type(x) is Tensor and x.device.type == "cpu"
+        and all(t is None or t.dtype == torch.float32 for t in (x, offsets, weight, mask))
+        and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+    )  # fmt: skip
+
+
+def _packed(x: Tensor, places: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+    """Each sample as a weighted sum of four pixels, rows of a matrix; then all taps and channels in one 1x1 convolution."""
+    channels, height, width = x.shape[1:]
+    taps, *size = places.shape[1:4]
+    pixels = torch.cat([x.permute(0, 2, 3, 1).reshape(-1, channels), x.new_zeros(1, channels)])
+    index, share = _corners(places.movedim(1, 3).contiguous(), height, width)
+    if mask is not None:
+        share = share * mask.movedim(1, 3).unsqueeze(-1)
+    kernel = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1, 1, 1)
+    answers: list[Tensor] = []
+    few = max(1, PACKED // max(1, channels * taps * size[0] * size[1]))
+    for near, part in zip(index.split(few), share.split(few), strict=True):
+        seen = F.embedding_bag(near.view(-1, 4), pixels, per_sample_weights=part.view(-1, 4), mode="sum")
+        maps = seen.view(-1, *size, taps * channels).permute(0, 3, 1, 2)
+        answers.append(torch.ops.aten.mkldnn_convolution(maps, kernel, None, [0, 0], [1, 1], [1, 1], 1))
+    return torch.cat(answers).contiguous()
+
+
+def _corners(places: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The four pixels around places (R, ..., 2), counted over all rows, and their shares (R, ..., 4); the last is beyond."""
+    sides = places.new_tensor([width, height])
+    places = places.clamp(places.new_full((), -2.0), sides + 1)  # as far as need be; NaN stays NaN
+    low = places.floor()
+    after = (places - low).unsqueeze(-1)
+    pixel = low.to(torch.int32).unsqueeze(-1) + torch.arange(2, dtype=torch.int32, device=places.device)
+    x, y = pixel.unbind(-2)
+    right, down = torch.cat([1 - after, after], -1).unbind(-2)
+    here = ((y >= 0) & (y < height)).unsqueeze(-1) & ((x >= 0) & (x < width)).unsqueeze(-2)
+    row = torch.arange(places.shape[0], dtype=torch.int32, device=places.device) * (height * width)
+    index = row.view(-1, *[1] * (y.ndim)) + y.unsqueeze(-1) * width + x.unsqueeze(-2)
+    index = torch.where(here, index, places.shape[0] * height * width)
+    return index.flatten(-2), (down.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
 
 
 def _product(weight: Tensor, seen: Tensor) -> Tensor:
