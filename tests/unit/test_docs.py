@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -55,3 +56,36 @@ def test_without_results_the_page_says_so(monkeypatch, tmp_path):
     module = hooks(monkeypatch, tmp_path, [])
     (tmp_path / "evidence" / "results" / "estimators.json").unlink()
     assert module.decisions() == "No results yet."
+
+
+def lines_of_code(text):
+    """Lines that hold code: no blank ones, comments or docstrings."""
+    strings = {
+        line
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for line in range(node.lineno, node.end_lineno + 1)
+    }
+    kept = [t for n, t in enumerate(text.splitlines(), 1) if n not in strings and t.strip()]
+    return [t for t in kept if not t.strip().startswith("#")]
+
+
+def test_the_record_of_one_system_is_what_was_written(monkeypatch, tmp_path):
+    """The page on extending shows the very file, and both lines beside it; under 60 lines, and no part of its own."""
+    module = hooks(monkeypatch, tmp_path, [])
+    monkeypatch.setattr(module, "ROOT", ROOT)
+    id = "cascade_nn_layers"
+    text = (ROOT / "src/pliant/systems/depth" / f"{id}.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 60
+    assert 10 < len(lines_of_code(text)) < len(text.splitlines())
+    assert "class " not in "\n".join(lines_of_code(text))  # composed of parts that were there
+    page = module.record()
+    assert f"```py\n{text}```" in page
+    for name in ("src/pliant/systems/table.py", "tests/contract.py"):
+        (line,) = (
+            t for t in (ROOT / name).read_text(encoding="utf-8").splitlines() if t.strip().startswith(f'"{id}":')
+        )
+        assert line in page
+        assert f"In `{name}`" in page
+    assert (ROOT / "evidence" / f"{id}.py").is_file()
+    assert str(len(text.splitlines())) in (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
