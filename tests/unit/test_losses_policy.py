@@ -205,6 +205,10 @@ def test_hybrid_adds_both_gradients() -> None:
     returns = losses.SkipNetReturns(alpha=0.5)
     wanted = nn.functional.cross_entropy(y, target) + losses.surrogate(trace, returns(y, trace, target))
     torch.testing.assert_close(losses.Hybrid(alpha=0.5)(y, trace, target, 0.0), wanted)
+    light = nn.functional.cross_entropy(y, target) + 0.01 * losses.surrogate(trace, returns(y, trace, target))
+    torch.testing.assert_close(losses.Hybrid(alpha=0.5, weight=0.01)(y, trace, target, 0.0), light)
+    with pytest.raises(PliantError, match=r"weight=-1"):
+        losses.Hybrid(weight=-1)
     ones = nn.functional.cross_entropy(y, target, reduction="none").detach()
     saved = torch.stack([1 - d.value for site in trace for d in trace[site]])
     torch.testing.assert_close(returns(y, trace, target)[0], -(ones - 0.25 * saved.sum(0)))

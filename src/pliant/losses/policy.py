@@ -168,9 +168,10 @@ class Hybrid:
         alpha: :math:`\alpha \ge 0`.
         costs: :math:`C_j` by pattern; none is 1 for all.
         baseline: as in :class:`Reinforce`; SkipNet has none.
+        weight: of the policy's gradient, at least 0; 0.01 in SkipNet's released code.
 
     Raises:
-        PliantError: as :class:`SkipNetReturns` and :class:`Reinforce` do.
+        PliantError: as :class:`SkipNetReturns` and :class:`Reinforce` do, or where the weight is negative.
 
     >>> Hybrid(alpha=0.1)(torch.zeros(2, 4), Trace({}, (), (), 2), torch.tensor([0, 1]), 0.0)
     tensor(1.3863)
@@ -180,9 +181,11 @@ class Hybrid:
     """
 
     def __init__(
-        self, *, alpha: float = 0.1, costs: Mapping[str, float] | None = None, baseline: Baseline = nothing
-    ) -> None:
-        self.reward, self.baseline = SkipNetReturns(alpha=alpha, costs=costs), baseline
+        self, *, alpha: float = 0.1, costs: Mapping[str, float] | None = None, baseline: Baseline = nothing, weight: float = 1.0
+    ) -> None:  # fmt: skip
+        if not weight >= 0:
+            raise PliantError(got=f"weight={weight}", expected="at least 0", do="pass e.g. 0.01")
+        self.reward, self.baseline, self.weight = SkipNetReturns(alpha=alpha, costs=costs), baseline, weight
 
     def __call__(self, y: Tensor, trace: Trace, target: Tensor, progress: float) -> Tensor:
         """The sum of both, in nats."""
@@ -191,7 +194,7 @@ class Hybrid:
         with torch.no_grad():
             reward = self.reward(y, trace, target)
             advantage = reward - self.baseline(reward, trace) if len(reward) else reward
-        return F.cross_entropy(y, target) + surrogate(trace, advantage)
+        return F.cross_entropy(y, target) + self.weight * surrogate(trace, advantage)
 
 
 def bernoulli(p: Tensor) -> Tensor:

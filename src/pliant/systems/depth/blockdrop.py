@@ -42,8 +42,8 @@ def blockdrop(
     r"""A CIFAR ResNet whose blocks a ResNet-8 plans from the image: :math:`u \sim \mathrm{Bernoulli}(\alpha s + (1 - \alpha)(1 - s))`.
 
     Train in three phases with ``pliant.train.agent_on_backbone``: the ResNet with every block; the policy alone on it, by
-    ``SelfCritical(BlockDropReward(gamma))`` under ``PlanCurriculum``, which frees blocks from the last one; then both, with the
-    task's loss beside. At test :math:`u = 1[s > 0.5]`.
+    ``SelfCritical(BlockDropReward(gamma))`` and an ``EntropyBonus`` of 0.1 under ``PlanCurriculum``, which frees blocks from the
+    last one; then both, with the task's loss beside. At test :math:`u = 1[s > 0.5]`.
 
     Shape:
         images :math:`(R, \text{in\_chans}, H, W)`; logits :math:`(R, C)`.
@@ -71,7 +71,8 @@ def blockdrop(
     References:
         Survey sections 2.1.1 (2c), 5.1.2 and 5.2.2; Wu et al., BlockDrop: Dynamic Inference Paths in Residual Networks, CVPR 2018.
 
-    Differs from the paper: the rectifier behind a dropped block's shortcut stays, which changes those with a projection alone.
+    Differs from the paper: the rectifier behind a dropped block's shortcut stays, which changes those with a projection alone;
+    the policy starts in favour of every block (bias 1, a probability of 0.73).
     """
     parts = resnet(num_classes, in_chans, depth=depth, widths=widths)
     small = resnet(num_classes, in_chans, depth=8, widths=policy)

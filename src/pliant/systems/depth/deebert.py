@@ -45,7 +45,8 @@ def deebert(
         Survey sections 2.1.1 (1b) and 5.1.1; Xin et al., DeeBERT, ACL 2020.
 
     Differs from the paper: a small encoder normalised before each sum and trained from scratch, so each pooler normalises
-    the token that it reads; entropy is divided by log C (multiply a threshold by log C to compare); whole batches are served,
+    the token that it reads; entropy is divided by log C (multiply a threshold by log C to compare), and one that is just the
+    threshold leaves, where the paper's must be below it; for classes, not for regression; whole batches are served,
     where the released code leaves its loop by an exception and serves one text at a time.
     """
     parts = encoder(num_classes, words, layers=layers, width=width, heads=heads, length=length, dropout=dropout)

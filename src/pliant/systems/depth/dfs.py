@@ -104,7 +104,7 @@ def dfs(
     .. math:: x_l = f_{k_l}(x_{l-1}), \quad k_l = \#\{\text{steps open}\} \in \{\text{skip}, 8, 10, 12, 14, 16\text{ bits}, \text{full}\}
 
     Train the backbone (``plain``) first, then after :func:`start_levels` the gates alone (``*scorer*``) until everything runs in full, then all together with
-    ``pliant.losses.LevelTarget(bit_costs(), target)`` at a weight of 1e-5 to 0.1.
+    ``pliant.losses.LevelTarget(bit_costs(), target)`` at a weight that suits the length of training: 1e-5 in the paper, 2 in the evidence.
 
     Shape:
         images :math:`(R, \text{in\_chans}, H, W)`; logits :math:`(R, C)`.
@@ -130,9 +130,10 @@ def dfs(
     References:
         Survey section 2.1.1 (2b); Shen et al., Fractional Skipping: Towards Finer-Grained Dynamic CNN Inference, AAAI 2020.
 
-    Differs from the paper: a form is told by the steps that lead to it, not by a softmax over forms; each bit-width has batch norms
-    of its own; ranges of activations are of each image. PyTorch computes quantised values in floating point, so a
-    bit-width saves bit-operations that ``trace.flops`` doesn't count, and no seconds: only skipping does.
+    Differs from the paper: a form is told by the steps that lead to it, not by a softmax over forms, and all steps start open; each
+    bit-width has batch norms of its own; ranges of activations are of each image; a projecting shortcut stays in full precision.
+    PyTorch computes quantised values in floating point, so a bit-width saves bit-operations that ``trace.flops`` doesn't count,
+    and no seconds: only skipping does.
     """
     if sorted(set(bits)) != list(bits) or any(b < 1 for b in bits):
         raise PliantError(got=f"bits={tuple(bits)}", expected="rising, at least 1", do="pass e.g. (8, 16)")

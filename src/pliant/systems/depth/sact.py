@@ -143,5 +143,7 @@ def resnet_act(
 
     References:
         Survey section 2.1.1 (2a); Figurnov et al., Spatially Adaptive Computation Time for Residual Networks, CVPR 2017.
+
+    Differs from the paper: an image that halted isn't computed in evaluation, whatever others in its batch do.
     """
     return _network(_images, num_classes, in_chans, units, widths, bias)

@@ -40,7 +40,7 @@ def skipnet(
     r"""A CIFAR ResNet whose gates skip blocks: :math:`x_{l+1} = \mathrm{relu}(\mathrm{shortcut}(x_l) + g_l(x_l)\,F_l(x_l))`.
 
     Train in two stages with ``pliant.train.relaxed_to_hybrid``: straight-through gates with the task's loss, then
-    ``pliant.losses.Hybrid`` on sampled ones at a tenth of the rate; from scratch the policy's gradient collapses.
+    ``pliant.losses.Hybrid`` on sampled ones at a lower rate; from scratch the policy's gradient collapses.
 
     Shape:
         images :math:`(R, \text{in\_chans}, H, W)`; logits :math:`(R, C)`.
@@ -68,7 +68,9 @@ def skipnet(
         Survey sections 2.1.1 (2b), 5.1.3 and 5.2.2; Wang et al., SkipNet: Learning Dynamic Routing in Convolutional Networks, ECCV 2018.
 
     Differs from the paper: a gate leaves out the branch, and the rectifier behind the sum stays, which changes skipped blocks with a
-    projection alone; gates start open; FF-I's gate alone costs more than it may save.
+    projection alone; gates start open, and FF-II's has one logit for two; the recipe's second stage runs at a tenth of the first one's
+    rate and the policy's gradient at full weight, unless told (a thousandth and 0.01 in the released code). FF-I's gate alone
+    costs more than it may save.
     """
     parts, memory, build = (
         resnet(num_classes, in_chans, depth=depth, widths=widths),

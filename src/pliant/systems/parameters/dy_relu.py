@@ -85,7 +85,8 @@ def dy_relu(
         Survey section 2.2.3 (3); Chen et al., Dynamic ReLU, ECCV 2020.
 
     Differs from the paper: a small network for small images; the last linear layer of the hyper function starts at 0. In form
-    C the weight of a position, which is never negative, multiplies the highest line, which is the same thing.
+    C the weight of a position, which is never negative, multiplies the highest line, which is the same thing. A bottleneck
+    has at least 4 units.
     """
     activation = chosen(FORMS, form, "form")(reduction)
     parts = mobile(

@@ -49,7 +49,7 @@ def hypernetworks(
     References:
         Survey section 2.2.2 (1); Ha, Dai, Le, HyperNetworks, ICLR 2017.
 
-    Differs from the paper: one layer; the small LSTM has no layer norm.
+    Differs from the paper: one layer; the small LSTM has no layer norm, and a quarter of the units unless told.
     """
     cell = HyperCell(in_chans + hidden, hidden, hidden=hyper, embedding=embedding)
     site = Site(cell, Regressed(), shape=(12, hidden))

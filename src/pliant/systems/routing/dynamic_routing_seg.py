@@ -121,8 +121,8 @@ def dynamic_routing_seg(
     References:
         Survey section 2.1.3 (3); Li et al., Learning Dynamic Routing for Semantic Segmentation, CVPR 2020.
 
-    Differs from the paper: closed paths aren't computed for batches either (the released code multiplies them by 0, and drops a
-    cell only where all images agree).
+    Differs from the paper: a cell is skipped where its gates are exactly 0 (there: below 1e-4 in sum); closed paths aren't computed for
+    batches either (its code multiplies them by 0, and drops a cell only where all images agree); budgets count stem, gates and decoder too.
     """
     if layers < 1 or scales < 1 or channels < 2 or stride not in (1, 2, 4):
         raise PliantError(

@@ -45,7 +45,7 @@ def tel(
     References:
         Survey section 2.1.3 (2b); Hazimeh et al., The Tree Ensemble Layer, ICML 2020.
 
-    Differs from the paper: the CNN is ours; the layer (:class:`pliant.execute.Trees`) may stand behind any features.
+    Differs from the paper: trees are summed, not concatenated; the CNN is ours; the layer (:class:`pliant.execute.Trees`) may stand behind any features.
     """
     plan = zip((in_chans, *widths), widths, strict=False)
     convs = [nn.Sequential(*conv_norm(a, b), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)) for a, b in plan]

@@ -83,6 +83,6 @@ def carafe(
     References:
         Survey section 3.1.2 (1); Wang et al., CARAFE: Content-Aware ReAssembly of FEatures, ICCV 2019.
 
-    Differs from the paper: the network around the operator is ours.
+    Differs from the paper: the network around the operator is ours; all channels share a kernel, there are no groups of them.
     """
     return nn.Sequential(Pyramid(in_chans, num_classes, tuple(widths), chosen(UPSAMPLERS, upsample, "upsample")))

@@ -107,8 +107,9 @@ def dynconv(
         Survey sections 3.1.1 (1), 5.1.3 and 5.2.2; Verelst and Tuytelaars, Dynamic Convolutions: Exploiting Spatial Sparsity
         for Faster Inference, CVPR 2020.
 
-    Differs from the paper: while training, batch norm learns from executed positions only; the budget counts expected
-    positions while there is noise, the paper's code the sampled ones; the shortcut where sizes change is a 1x1 convolution
+    Differs from the paper: mask units start open (bias 1); while training, batch norm learns from executed positions only; the
+    budget is a share of all FLOPs, those that no mask controls and the mask units included, and counts expected positions while
+    there is noise, where the paper's counts those of the blocks alone and its code the sampled positions; the shortcut where sizes change is a 1x1 convolution
     that runs everywhere.
     """
     if blocks < 1:

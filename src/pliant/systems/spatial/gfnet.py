@@ -106,8 +106,9 @@ def gfnet(
     References:
         Survey section 3.2.2 (1); Wang et al., Glance and Focus, NeurIPS 2020.
 
-    Differs from the paper: encoders are CIFAR's ResNets with one group's resolution less per step; they have no auxiliary heads of
-    their own. PPO with one epoch on each batch has a ratio of 1, so its gradient is that of the policy loss it's trained with here.
+    Differs from the paper: encoders are CIFAR's ResNets, not pre-trained, without heads and losses of their own in the first stage;
+    the glance averages areas; the policy reads maps by a 1x1 convolution, as with the paper's light networks. PPO with one epoch
+    on each batch has a ratio of 1, so its gradient is that of the policy loss it's trained with here.
     """
     if steps < 1 or size < 4 or size % 4:
         raise PliantError(

@@ -83,7 +83,7 @@ def hm_rnn(
         Survey sections 4.1.1 (3) and 5.2.2 (1); Chung, Ahn, Bengio, HM-RNN, ICLR 2017.
 
     Differs from the paper: a level that copies has ended nothing, where the paper scores its end anew from the copied state;
-    the layer norm of its best runs is always there.
+    the layer norm of its best runs is always there; forget gates start open.
     """
     if len(hidden) < 2:
         raise PliantError(got=f"{len(hidden)} levels", expected="at least two", do="pass hidden=(128, 128, 128)")

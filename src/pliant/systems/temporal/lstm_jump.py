@@ -105,7 +105,8 @@ def lstm_jump(
     References:
         Survey section 4.1.3; Yu, Lee, Le, Learning to Skim Text, ACL 2017.
 
-    Differs from the paper: in evaluation it stops where stopping is likelier than not (the paper: than each single jump).
+    Differs from the paper: in evaluation it stops where stopping is likelier than not (the paper: than each single jump); a step
+    of training has one rollout of a text, so put a text into a batch several times for several.
     """
     reader = Words(words, embedding, hidden, span=span, layers=layers)
     policy, baseline, head = nn.Linear(hidden, most + 1), nn.Linear(hidden, 1), Classify(hidden, num_classes)

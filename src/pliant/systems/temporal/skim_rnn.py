@@ -83,7 +83,7 @@ def skim_rnn(
     References:
         Survey section 4.1.1 (2), Eq. 13; Seo et al., Neural Speed Reading via Skim-RNN, ICLR 2018.
 
-    Differs from the paper: one direction.
+    Differs from the paper: one direction; word vectors start at random, a tenth as long as PyTorch's, and aren't pre-trained.
     """
     if not 0 <= small <= hidden:
         raise PliantError(got=f"small={small}", expected=f"within 0 and hidden={hidden}", do="pass e.g. small=5")

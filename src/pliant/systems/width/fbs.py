@@ -80,8 +80,8 @@ def fbs(
     References:
         Survey sections 2.1.2 (3b) and 5.1.3; Gao et al., Dynamic Channel Pruning: Feature Boosting and Suppression, ICLR 2019.
 
-    Differs from the paper: every convolution is padded to keep its size; :math:`\beta` is suppressed with its channel, as in the
-    paper's formula and its released code.
+    Differs from the paper: every convolution is padded to keep its size, and nothing is dropped out; the released code's :math:`\beta`,
+    0.1 at the start, stands outside the boost, as here.
     """
     if not layers or not 0 < density <= 1:
         raise PliantError(

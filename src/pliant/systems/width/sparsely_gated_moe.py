@@ -59,8 +59,8 @@ def sparsely_gated_moe(
     References:
         Survey section 2.1.2 (2), Fig. 5 (b); Shazeer et al., Sparsely-Gated Mixture-of-Experts, ICLR 2017.
 
-    Differs from the paper: a layer norm before the logits; the hierarchical form (a mixture of mixtures) is two of these executors,
-    one inside the other, and not built here.
+    Differs from the paper: a layer norm before the logits; the mixture alone has a shortcut, the LSTM layers have none; the
+    hierarchical form (a mixture of mixtures) is two of these executors, one inside the other, and not built here.
     """
     parts: OrderedDict[str, nn.Module] = OrderedDict(
         embed=nn.Embedding(words or num_classes, width),

@@ -66,7 +66,8 @@ def switch_transformer(
         Survey section 2.1.2 (2); Fedus et al., Switch Transformers, JMLR 2022.
 
     Differs from the paper: a decoder of characters with layers normalised before, in place of T5; an expert's room is counted in
-    each text anew, so that no answer hangs on its neighbours in the batch.
+    each text anew, so that no answer hangs on its neighbours in the batch; routers and experts alone start at a tenth of the usual
+    scale, and experts have no dropout rate of their own.
     """
 
     def feed(index: int) -> nn.Module:
