@@ -77,11 +77,11 @@ def llama() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 HOSTS: dict[str, Host] = {
-    "timm resnet50": Host(timm_model("resnet50", 64), ["layer1", "layer3.2"], ["layer*.1", "layer3.[2-5]"]),
-    "timm mobilenetv3_small_100": Host(timm_model("mobilenetv3_small_100", 64), ["blocks.1", "blocks.3"], ["blocks.*.*"]),
-    "timm efficientnet_b0": Host(timm_model("efficientnet_b0", 64), ["blocks.2", "blocks.4"], ["blocks.*.[1-3]"]),
+    "timm resnet50": Host(timm_model("resnet50", 64), ["layer1", "layer3.2"], ["layer*.1", "layer3.[2-5]"], channels=["layer*.[01]"]),
+    "timm mobilenetv3_small_100": Host(timm_model("mobilenetv3_small_100", 64), ["blocks.1", "blocks.3"], ["blocks.*.*"], channels=["blocks.*.*"]),
+    "timm efficientnet_b0": Host(timm_model("efficientnet_b0", 64), ["blocks.2", "blocks.4"], ["blocks.*.[1-3]"], channels=["blocks.*.0"]),
     "timm convnext_atto": Host(
-        timm_model("convnext_atto", 64), ["stages.0", "stages.2"], ["stages.*.blocks.*"], experts=["stages.*.blocks.0"]
+        timm_model("convnext_atto", 64), ["stages.0", "stages.2"], ["stages.*.blocks.*"], experts=["stages.*.blocks.0"], channels=["stages.*.blocks.1"]
     ),
     "timm vit_tiny_patch16_224": Host(
         timm_model("vit_tiny_patch16_224", 64, img_size=64), ["blocks.3", "blocks.7"], [f"blocks.{i}" for i in range(1, 12, 2)],
@@ -91,8 +91,8 @@ HOSTS: dict[str, Host] = {
         timm_model("swin_tiny_patch4_window7_224", 56, img_size=56), ["layers.1"], ["layers.*.blocks.1"],
         experts=["layers.*.blocks.1"],
     ),
-    "torchvision resnet18": Host(vision_model("resnet18", 32), ["layer1", "layer2"], ["layer*.1"]),
-    "torchvision vgg16": Host(vision_model("vgg16", 32), ["features.4", "features.16"], []),
+    "torchvision resnet18": Host(vision_model("resnet18", 32), ["layer1", "layer2"], ["layer*.1"], channels=["layer*.*"]),
+    "torchvision vgg16": Host(vision_model("vgg16", 32), ["features.4", "features.16"], [], channels=["features"]),
     "transformers BERT": Host(
         language_model("Bert", **SIZES), ["bert.encoder.layer.0", "bert.encoder.layer.2"], ["bert.encoder.layer.[1-3]"],
         ["bert.encoder.layer.0"], ["bert.encoder.layer.*"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -94,7 +96,95 @@ def _conv(x: Tensor, weight: Tensor, rows: Tensor, taken: Tensor, left: Tensor, 
     return conv_each(maps, kernels, geometry=geometry)
 
 
-def _conv_one(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+class Picked(NamedTuple):
+    """Channels of all rows side by side, row after row: of each its row and its channel (P,); and how many each row has."""
+
+    row: Tensor
+    channel: Tensor
+    counts: list[int]
+
+
+def pick(mask: Tensor) -> Picked:
+    """Where ``mask`` (R, C) is true.
+
+    >>> pick(torch.tensor([[False, True], [True, True]]))
+    Picked(row=tensor([0, 1, 1]), channel=tensor([1, 0, 1]), counts=[1, 2])
+    """
+    row, channel = mask.nonzero(as_tuple=True)
+    return Picked(row, channel, mask.sum(1).tolist())
+
+
+def pack(x: Tensor, picked: Picked) -> Tensor:
+    """The picked channels of maps (R, C, H, W) side by side, as those of one row: (1, P, H, W)."""
+    return x[picked.row, picked.channel][None]
+
+
+def unpack(x: Tensor, picked: Picked, channels: int) -> Tensor:
+    """Maps (R, C, H, W) of picked channels (1, P, H, W), 0 in the others."""
+    whole = x.new_zeros((len(picked.counts), channels, *x.shape[2:]))
+    return whole.index_put((picked.row, picked.channel), x[0])
+
+
+def conv_picked(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reads: Picked | None = None, writes: Picked | None = None,
+    geometry: Geometry = Geometry(),
+) -> Tensor:  # fmt: skip
+    r"""Convolve, row by row, from the channels that a row reads to those that it writes, picked ones side by side.
+
+    .. math:: y_{ro} = b_o + \sum_{i \in \text{reads}_r} W_{oi} * x_{ri}, \qquad o \in \text{writes}_r
+
+    What lies between two such convolutions sees maps of one row with :math:`P` channels, so what treats channels alone runs on
+    just those that were picked.
+
+    Shape:
+        ``x`` :math:`(R, I, H, W)`, or where ``reads`` is given :math:`(1, P, H, W)`; ``weight`` :math:`(O, I, k, l)`; returns
+        :math:`(R, O, H', W')`, or where ``writes`` is given :math:`(1, P', H', W')`.
+
+    Args:
+        x: maps.
+        weight: one kernel for all rows.
+        bias: of every output channel.
+        reads: which channels of the input each row has; default, all.
+        writes: which channels of the output each row wants; default, all. At least one of both is given.
+        geometry: how the kernel moves, in one group.
+
+    Returns:
+        The maps; for each row :math:`2 k l H' W'` FLOPs for each pair of a channel read and one written.
+
+    >>> x, kernel = torch.ones(2, 1, 1, 1), torch.tensor([1.0, 10.0]).reshape(2, 1, 1, 1)
+    >>> conv_picked(x, kernel, writes=pick(torch.tensor([[False, True], [True, True]]))).flatten()
+    tensor([10.,  1., 10.])
+
+    References:
+        Survey section 2.1.2 (3); Gao et al., Dynamic Channel Pruning, ICLR 2019.
+    """
+    some = reads or writes
+    assert some is not None
+    rows = len(some.counts)
+    maps = x.split(reads.counts, 1) if reads is not None else x.split(1)
+    taken = [None] * rows if reads is None else reads.channel.split(reads.counts)
+    left = [None] * rows if writes is None else writes.channel.split(writes.counts)
+    parts = [
+        _conv_picked(m, weight, bias, i, o, geometry) for m, i, o in zip(maps, taken, left, strict=True)
+    ]  # fmt: skip
+    return torch.cat(parts, 0 if writes is None else 1)
+
+
+def _conv_picked(
+    x: Tensor, weight: Tensor, bias: Tensor | None, taken: Tensor | None, left: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """The convolution of one row."""
+    if left is not None:
+        weight, bias = weight.index_select(0, left), None if bias is None else bias.index_select(0, left)
+    if taken is not None:
+        weight = weight.index_select(1, taken)
+    if weight.numel():
+        return _conv_one(x, weight, geometry, bias)
+    y = x.new_zeros((1, weight.shape[0], *output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]), geometry)))
+    return y if bias is None else y + bias[:, None, None]
+
+
+def _conv_one(x: Tensor, weight: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
     """One row's convolution. PyTorch sends a small one to a kernel that is half as fast as oneDNN's."""
     fast = (
         x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.numel() >= LARGE
@@ -103,6 +193,6 @@ def _conv_one(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         and not torch.compiler.is_compiling()
     )  # fmt: skip
     if not fast:
-        return F.conv2d(x, weight, None, *geometry)
+        return F.conv2d(x, weight, bias, *geometry)
     stride, padding, dilation = (pair(g) for g in geometry[:3])
-    return torch.ops.aten.mkldnn_convolution(x, weight, None, padding, stride, dilation, geometry.groups)
+    return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, dilation, geometry.groups)

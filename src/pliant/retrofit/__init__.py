@@ -5,10 +5,11 @@ from __future__ import annotations
 from pliant.retrofit.attach import exits
 from pliant.retrofit.cascade import cascade
 from pliant.retrofit.causal import causal
+from pliant.retrofit.channels import channels
 from pliant.retrofit.experts import experts
 from pliant.retrofit.fit import fit_routers
 from pliant.retrofit.plan import Plan
 from pliant.retrofit.skips import skips
 from pliant.retrofit.tokens import tokens
 
-__all__ = ["Plan", "cascade", "causal", "exits", "experts", "fit_routers", "skips", "tokens"]
+__all__ = ["Plan", "cascade", "causal", "channels", "exits", "experts", "fit_routers", "skips", "tokens"]

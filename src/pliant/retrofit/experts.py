@@ -18,7 +18,7 @@ from pliant.core.site import Rule, Site
 from pliant.estimators.ranked import RankStraightThrough
 from pliant.functional.clusters import balanced_clusters
 from pliant.retrofit.host_experts import HostExperts
-from pliant.retrofit.pairs import Ran, Watched, inside, modules_of, own, refuse_not_called, trouble, watch
+from pliant.retrofit.pairs import Ran, Watched, all_of, inside, modules_of, own, refuse_not_called, trouble, watch
 from pliant.retrofit.refuse import refuse_model
 from pliant.retrofit.skips import Aside, expanded
 from pliant.rules.share import Share
@@ -95,7 +95,7 @@ def experts(
     part = _share(experts, top)
     seen = watch(model, call_of(example), found, _tokenwise, counts)
     refuse_not_called(seen, found)
-    pairs = [pair for path in found for pair in _proven(seen, path, experts)]
+    pairs: list[Pair] = all_of(found, at, lambda path: _proven(seen, path, experts))
     twin = share(model)
     made = Aside()
     for pair in pairs:
@@ -149,7 +149,7 @@ def _pairs(seen: Watched) -> Iterator[Pair]:
                 yield Pair(tuple(up.path for up in ups), down.path, hidden, x)
 
 
-def _proven(seen: Watched, path: str, experts: int) -> list[Pair]:
+def _proven(seen: Watched, path: str, experts: int) -> list[Pair] | PliantError:
     """The feed-forward layers inside ``path``."""
     near = [pair for pair in _pairs(seen) if all(inside(name, path) for name in (*pair.ups, pair.down))]
     fit: list[Pair] = []
@@ -170,7 +170,7 @@ def _proven(seen: Watched, path: str, experts: int) -> list[Pair]:
         else:
             said.append(f"{pair.ups[0].removeprefix(path + '.')} to {pair.down.removeprefix(path + '.')}: {found}")
     if not fit:
-        raise _no_layer(seen, path, said)
+        return _no_layer(seen, path, said)
     for pair in fit:
         if pair.hidden % experts:
             some = [n for n in range(2, pair.hidden + 1) if pair.hidden % n == 0]

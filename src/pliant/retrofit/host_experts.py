@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from pliant.core.executor import Executor
 from pliant.core.site import Site
 from pliant.execute import rows
 from pliant.functional.dispatch import Sent, dispatch
+from pliant.retrofit.parts import all_on, calls, muted, wanted
 
 
 class Chosen(NamedTuple):
@@ -25,16 +25,6 @@ class Chosen(NamedTuple):
     x: Tensor
     decision: Decision
     sent: Sent | None
-
-
-class _Calls(threading.local):
-    """Between a pair's first layer and its last: what was decided, by executor. On the thread, not on modules."""
-
-    def __init__(self) -> None:
-        self.open: dict[int, Any] = {}
-
-
-calls = _Calls()
 
 
 class Packed(dict[Any, tuple[Any, Any]]):
@@ -84,7 +74,7 @@ class HostExperts(Executor):
     def gathered(self, x: Tensor) -> Chosen:
         """Tokens go to the experts that they chose; where all chose all, the host's own layers run."""
         chosen = self.masked(x)
-        if torch.compiler.is_exporting() or self._all(chosen.decision):
+        if torch.compiler.is_exporting() or all_on(chosen.decision):
             return chosen
         return chosen._replace(sent=dispatch(chosen.decision.value.flatten(0, -2)))
 
@@ -105,7 +95,7 @@ class HostExperts(Executor):
             return self.down(h)
         with self._part(chosen, "down"):
             if chosen.sent is None:
-                return self.down(h if self._all(chosen.decision) else self._muted(h, chosen.decision))
+                return self.down(h if all_on(chosen.decision) else self._muted(h, chosen.decision))
             return self._sum(h, chosen)
 
     def routers(self) -> list[tuple[str, nn.Module, nn.Module, Site]]:
@@ -125,19 +115,12 @@ class HostExperts(Executor):
         """What a layer of the pair reads or makes with features last: pixels are tokens to a convolution of size 1."""
         return x.movedim(1, -1) if self.maps else x
 
-    def _all(self, decision: Decision) -> bool:
-        """Whether everything was chosen. Not asked where the answer would be a constant of a graph."""
-        value = decision.value
-        if rows.weighted(decision) or torch.compiler.is_compiling() or isinstance(value, torch._subclasses.FakeTensor):
-            return False
-        return bool((value == 1).all())
-
     def _muted(self, h: Tensor, decision: Decision) -> Tensor:
         expert = torch.empty_like(self.order).copy_(torch.arange(len(self.order), device=h.device)[:, None])
         expert = torch.empty_like(expert.flatten()).scatter(0, self.order.flatten(), expert.flatten())
         gate = decision.value.to(h.dtype).index_select(-1, expert)
         gate = gate.movedim(-1, 1) if self.maps else gate
-        return torch.where(gate == 0, torch.zeros_like(h), h * gate)
+        return muted(h, gate, decision)
 
     def _hidden(self, k: int, x: Tensor, sent: Sent) -> Tensor:
         """The hidden neurons of each pair of a token and an expert: (P, H / E)."""
@@ -204,9 +187,7 @@ class HostExperts(Executor):
         of = decision.value.shape[1:].numel()
         if tape.tape() is None:
             return tape.part(self.site, decision.visit, f"1/{name}", of=of)
-        soft = decision.value if decision.soft is None else decision.soft
-        wanted = (soft != 0).to(soft.dtype) if decision.is_weight else soft  # a gate other than 0 runs the whole expert
         units = None if sent is None else (decision.value != 0).flatten(1).sum(1)
         return tape.part(
-            self.site, decision.visit, f"1/{name}", units=units, wanted=wanted.flatten(1).sum(1), of=of
+            self.site, decision.visit, f"1/{name}", units=units, wanted=wanted(decision).flatten(1).sum(1), of=of
         )  # fmt: skip

@@ -110,9 +110,10 @@ Build = Callable[[nn.Module, Rule], Executor]
 def trouble(seen: Watched, path: str, build: Build) -> str | None:
     """Why layers inside ``path`` can't run in parts; None where they can, as a call of ``path`` alone proves."""
     call = seen.calls[path]
+    awake = _awake(seen.host.get_submodule(path))
 
     def answer(form: Any, rule: Rule) -> list[Tensor]:
-        module = share(seen.host.get_submodule(path))
+        module = share(awake)
         executor = build(module, rule)
         executor.form = form
         args, kwargs = _cloned(call)
@@ -138,6 +139,38 @@ def trouble(seen: Watched, path: str, build: Build) -> str | None:
     if all(map(torch.equal, dense, wanted)):
         return "the answer doesn't hang on them"
     return None
+
+
+def _awake(module: nn.Module) -> nn.Module:
+    """A copy without parameters near 0: a fresh network's last norms and scales would hide whatever happens before them."""
+    twin = share(module)
+    generator = torch.Generator().manual_seed(0)
+    for part in twin.modules():
+        for name, p in part._parameters.items():
+            if p is not None and p.numel() > 1 and float(p.detach().abs().amax()) < 1e-3:
+                drawn = torch.rand(p.shape, generator=generator).to(p.device, p.dtype)
+                part._parameters[name] = nn.Parameter(0.5 + drawn, False)
+    return twin
+
+
+def all_of(found: Sequence[str], at: Sequence[str], proven: Callable[[str], list[Any] | PliantError]) -> list[Any]:
+    """What is found in each module: in each that was named, and in those of a pattern's that have it.
+
+    Raises:
+        PliantError: where a named one has none, or none has.
+    """
+    kept, refusal = list[Any](), None
+    for path in found:
+        here = proven(path)
+        if isinstance(here, list):
+            kept += here
+        elif path in at:
+            raise here
+        else:
+            refusal = refusal or here
+    if not kept and refusal is not None:
+        raise refusal
+    return kept
 
 
 def modules_of(at: str, names: Sequence[str]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from pliant.core.files import atomic
 from pliant.execute.tokens import Drop, Merge, Reduce
 from pliant.retrofit import probe
 from pliant.retrofit.attach import exits
+from pliant.retrofit.channels import channels
 from pliant.retrofit.experts import experts
 from pliant.retrofit.skips import expanded, skips
 from pliant.retrofit.tokens import tokens
@@ -41,6 +42,7 @@ KINDS: dict[str, tuple[Callable[..., Any], str]] = {
     "skips": (skips, "inside"),
     "tokens": (_tokens, "behind"),
     "experts": (experts, "inside"),
+    "channels": (channels, "inside"),
 }
 """What attaches each kind, and which FLOPs a plan tells of it: those before its layer, inside or behind."""
 
@@ -50,7 +52,7 @@ class Step:
     """One kind of thing at some layers.
 
     Args:
-        kind: "exits", "skips", "tokens" or "experts".
+        kind: "exits", "skips", "tokens", "experts" or "channels".
         at: names of layers, or for all but exits patterns too.
         settings: as keyword arguments of that function that JSON can hold, such as ``threshold``.
     """
@@ -96,6 +98,10 @@ class Plan:
     def experts(self, *at: str, **settings: Any) -> Plan:
         """The plan with the feed-forward layers inside ``at`` split; settings as for :func:`pliant.retrofit.experts`."""
         return self._with("experts", at, settings)
+
+    def channels(self, *at: str, **settings: Any) -> Plan:
+        """The plan with channels chosen inside ``at``; settings as for :func:`pliant.retrofit.channels`."""
+        return self._with("channels", at, settings)
 
     def _with(self, kind: str, at: Sequence[str], settings: dict[str, Any]) -> Plan:
         try:

@@ -1,0 +1,43 @@
+"""What stands in for layers of a host that run in parts has in common."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pliant.core.decision import Decision
+from pliant.execute import rows
+
+
+class _Calls(threading.local):
+    """Between the first layer of what runs in parts and its last: what was decided, by executor. On the thread, not on modules."""
+
+    def __init__(self) -> None:
+        self.open: dict[int, Any] = {}
+
+
+calls = _Calls()
+
+
+def all_on(decision: Decision) -> bool:
+    """Whether everything was chosen. Not asked where the answer would be a constant of a graph."""
+    value = decision.value
+    if rows.weighted(decision) or torch.compiler.is_compiling() or isinstance(value, torch._subclasses.FakeTensor):
+        return False
+    return bool((value == 1).all())
+
+
+def muted(h: Tensor, gate: Tensor, decision: Decision) -> Tensor:
+    """Neurons or maps times their gate; what wasn't chosen says 0 whatever it holds, unless a gradient wants to know."""
+    if rows.weighted(decision):
+        return h * gate
+    return torch.where(gate == 0, torch.zeros_like(h), h)
+
+
+def wanted(decision: Decision) -> Tensor:
+    """How much of each part is asked for, by its soft value where there is one; a gate other than 0 runs all of it."""
+    soft = decision.value if decision.soft is None else decision.soft
+    return (soft != 0).to(soft.dtype) if decision.is_weight else soft
