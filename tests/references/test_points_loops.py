@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pliant
 from pliant import PliantError, Site, losses, rules, scores
-from pliant.execute import Refine
+from pliant.execute import Reassemble, Refine
 from pliant.functional.resample import reassemble, sample, sample_at
 from pliant.functional.sparse_conv import places
 from pliant.systems.spatial.carafe import _carafe
@@ -72,6 +73,30 @@ def test_reassembly_is_a_sum_over_neighbours(batch: int, height: int, width: int
                 if 0 <= y < height and 0 <= z < width:
                     wanted[:, :, i, j] += kernels[:, n, i, j, None] * x[:, :, y, z]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", [pliant.masked, pliant.gathered])
+@given(batch=st.integers(0, 2), height=SIDES, width=SIDES, ratio=st.integers(1, 2), seed=st.integers(0, 99))
+def test_each_target_is_the_mean_of_its_sources_neighbours(
+    form: Any, batch: int, height: int, width: int, ratio: int, seed: int
+) -> None:
+    """By decisions drawn at random, some of which give a target nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    up = Reassemble(Site(scores.KernelPredictor(C, ratio=ratio, side=3), rules.Softmax()), ratio=ratio, side=3)
+    x = torch.randn(batch, C, height, width, generator=generator)
+    value = torch.rand(batch, 9, ratio * height, ratio * width, generator=generator).sub(0.5).relu()
+    found = form(up)(x, given=value)
+    for r in range(batch):
+        for i in range(ratio * height):
+            for j in range(ratio * width):
+                total, weight = torch.zeros(C), 0.0
+                for n in range(9):
+                    y, z = i // ratio + n // 3 - 1, j // ratio + n % 3 - 1
+                    weight += float(value[r, n, i, j])
+                    if 0 <= y < height and 0 <= z < width:
+                        total += value[r, n, i, j] * x[r, :, y, z]
+                wanted = total / weight if weight else total
+                torch.testing.assert_close(found[r, :, i, j], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_carafe_starts_as_a_box_average_and_its_weights_share_one() -> None:
