@@ -124,7 +124,8 @@ class Subject:
     def frozen_rows(self, trace: Trace, rows: Tensor) -> Any:
         """The model with the decisions of ``trace`` for a call with its rows ``rows`` alone."""
         picked = {
-            site: tuple(Decision(d.dense(trace.batch)[rows], weight=d.is_weight) for d in trace[site]) for site in trace
+            site: tuple(Decision(d.dense(trace.batch)[rows], visit=d.visit, weight=d.is_weight) for d in trace[site])
+            for site in trace
         }
         return self.everywhere(Given(Trace(picked, (), (), len(rows))))
 
