@@ -13,50 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import pliant
-from hosts import HOSTS, call_of, logits
+from dynamic import ROWS, bert, lively, resnet, two, vit
+from hosts import logits
 from pliant.deploy import export_onnx
-from pliant.retrofit import cascade, exits, skips, tokens
 from pliant.tune.point import dial
 
 onnx = pytest.importorskip("onnx", reason="the extra 'export' isn't installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'export' isn't installed")
 onnxruntime.set_default_logger_severity(3)
-
-ROWS = 100
-
-
-def vit() -> tuple[nn.Module, dict[str, Tensor]]:
-    """Four blocks: tokens leave after the first and the second, rows after the second and the third."""
-    timm = pytest.importorskip("timm", reason="needs timm")
-    host = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4, num_classes=5).eval()
-    x = torch.randn(ROWS, 3, 64, 64)
-    model = tokens(host, ["blocks.[01]"], example=x[:4], keep=0.6)
-    return exits(model, ["blocks.1", "blocks.2"], example=x[:4]), {"x": x}
-
-
-def resnet() -> tuple[nn.Module, dict[str, Tensor]]:
-    host, _ = call_of("torchvision resnet18")
-    x = torch.randn(ROWS, 3, 32, 32)
-    return skips(host, ["layer[12].1"], example=x[:4]), {"x": x}
-
-
-def two() -> tuple[nn.Module, dict[str, Tensor]]:
-    timm = pytest.importorskip("timm", reason="needs timm")
-    x = torch.randn(ROWS, 3, 64, 64)
-    little, big = (timm.create_model(name, num_classes=5).eval() for name in ("test_resnet", "test_efficientnet"))
-    return cascade([little, big], example=x[:4]), {"x": x}
-
-
-def bert() -> tuple[nn.Module, dict[str, Tensor]]:
-    """Texts of three to ten words, padded."""
-    host, call = call_of("transformers BERT")
-    length = torch.arange(ROWS) % 8 + 3
-    texts = {
-        "input_ids": torch.randint(2, 100, (ROWS, 10)),
-        "attention_mask": (torch.arange(10) < length[:, None]).to(torch.int64),
-    }
-    model = tokens(host, ["bert.encoder.layer.1"], example=call, keep=0.6)
-    return exits(model, HOSTS["transformers BERT"].exits, example=call), texts
 
 
 @dataclass
@@ -86,8 +50,8 @@ class Case:
         fed = {name: t[rows].numpy() for name, t in zip(names, self.call.values(), strict=True)}
         return {**fed, "thresholds": torch.tensor([thresholds[site] for site in pliant.sites(self.model)]).numpy()}
 
-    def profiled(self, feed: dict[str, Any], op: str) -> list[tuple[int, ...]]:
-        """Shapes that every node ``op`` of a run made, in the order they ran."""
+    def events(self, feed: dict[str, Any]) -> list[dict[str, Any]]:
+        """Nodes that ran, in their order, as ONNX Runtime's profiler saw them."""
         options = onnxruntime.SessionOptions()
         options.enable_profiling = True
         options.profile_file_prefix = str(self.path.with_suffix(""))
@@ -96,36 +60,41 @@ class Case:
         session = onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
         session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text())
-        found = [e for e in events if e.get("args", {}).get("op_name") == op and "output_type_shape" in e["args"]]
-        return [tuple(next(iter(e["args"]["output_type_shape"][0].values()))) for e in sorted(found, key=lambda e: e["ts"])]  # fmt: skip
+        return sorted((e for e in events if "output_type_shape" in e.get("args", {})), key=lambda e: e["ts"])
+
+    def shapes(self, feed: dict[str, Any], op: str) -> list[tuple[int, ...]]:
+        """What every node ``op`` of a run made."""
+        found = [e["args"] for e in self.events(feed) if e["args"]["op_name"] == op]
+        return [tuple(next(iter(args["output_type_shape"][0].values()))) for args in found]
 
 
 def _of_vit(case: Any, feed: Any, went: list[int], thresholds: dict[str, float]) -> tuple[Any, Any]:
     """The wide layer of each block: rows, tokens."""
-    seen = [shape[:2] for shape in case.profiled(feed, "MatMul") if shape[-1] == 768]
+    seen = [shape[:2] for shape in case.shapes(feed, "MatMul") if shape[-1] == 768]
     left = [17]
     for site in ("tokens.0.site", "tokens.1.site"):
         left.append(1 + max(1, round((left[-1] - 1) * (1 - min(max(thresholds[site], 0), 1)))))
-    rows = [ROWS, ROWS, went[0] + 1, went[1] + 1]
-    return seen, list(zip(rows, [left[0], left[1], left[2], left[2]], strict=True))
+    rows = [ROWS, ROWS, went[0], went[1]]
+    return seen, [ran for ran in zip(rows, [left[0], left[1], left[2], left[2]], strict=True) if ran[0]]
 
 
 def _of_bert(case: Any, feed: Any, went: list[int], thresholds: dict[str, float]) -> tuple[Any, Any]:
-    seen = [shape[:2] for shape in case.profiled(feed, "MatMul") if shape[-1] == 64]
+    seen = [shape[:2] for shape in case.shapes(feed, "MatMul") if shape[-1] == 64]
     left = 1 + max(1, round(9 * (1 - min(max(thresholds["tokens.0.site"], 0), 1))))
-    return seen, [(ROWS, 10), (went[0] + 1, 10), (went[0] + 1, left), (went[1] + 1, left)]
+    ran = [(ROWS, 10), (went[0], 10), (went[0], left), (went[1], left)]
+    return seen, [(rows, size) for rows, size in ran if rows]
 
 
 def _of_resnet(case: Any, feed: Any, went: list[int], thresholds: dict[str, float]) -> tuple[Any, Any]:
-    seen = [shape[0] for shape in case.profiled(feed, "Conv")]
-    return sorted(seen), sorted([ROWS] * (len(seen) - 4) + [n + 1 for n in went for _ in range(2)])
+    seen = [shape[0] for shape in case.shapes(feed, "Conv")]
+    return sorted(seen), sorted([ROWS] * 16 + [n for n in went for _ in range(2) if n])
 
 
 def _of_two(case: Any, feed: Any, went: list[int], thresholds: dict[str, float]) -> tuple[Any, Any]:
-    seen = [shape[0] for shape in case.profiled(feed, "Conv")]
+    seen = [shape[0] for shape in case.shapes(feed, "Conv")]
     models = case.model.exits.heads
     own = [sum(isinstance(m, nn.Conv2d) for m in model.modules()) for model in models]
-    return seen, [ROWS] * own[0] + [went[0] + 1] * own[1]
+    return seen, [ROWS] * own[0] + [went[0]] * own[1] * (went[0] > 0)
 
 
 @pytest.fixture(
@@ -136,13 +105,9 @@ def _of_two(case: Any, feed: Any, went: list[int], thresholds: dict[str, float])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     torch.manual_seed(0)
     make, ran = request.param
-    model, call = make()
-    with torch.no_grad():  # heads and gates that tell rows apart
-        for name, p in model.named_parameters():
-            if name.startswith(("exits.heads", "skips")) and p.ndim == 2:
-                p.normal_(std=2.0)
+    model, call = lively(make())
     example = {name: t[:4] for name, t in call.items()}
-    path = export_onnx(model.eval(), tmp_path_factory.mktemp("onnx") / "model.onnx", example if "input_ids" in call else tuple(example.values()))  # fmt: skip
+    path = export_onnx(model, tmp_path_factory.mktemp("onnx") / "model.onnx", example if "input_ids" in call else tuple(example.values()))  # fmt: skip
     return Case(model, call, path, onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]), ran)
 
 
@@ -196,18 +161,39 @@ def test_the_thresholds_are_an_input_and_may_be_left_out(case: Case) -> None:
     onnx.checker.check_model(onnx.load(case.path), full_check=True)
 
 
+def run_of(case: Case, thresholds: dict[str, float], rows: Tensor) -> tuple[dict[str, Any], dict[str, int]]:
+    """A feed, and how many rows the model itself lets go on at each site for rows."""
+    _, trace = case.eager(thresholds, rows)
+    sites = [s for s in pliant.sites(case.model) if not s.startswith("tokens")]
+    return case.feed(thresholds, rows), {s: int(trace.dense(s).sum()) if s in trace else 0 for s in sites}
+
+
 @torch.no_grad()
 def test_what_is_skipped_does_not_run(case: Case) -> None:
-    """Nodes work on the rows that came there, one dummy row where a set was gathered, and the tokens that are left."""
+    """Nodes work on the rows that came there and the tokens that are left; where no row came, they don't run at all."""
+    ran: dict[str, int] = {}
     for name, thresholds in paths_of(case).items():
-        if name not in ("all", "none", "half"):
-            continue
-        _, trace = case.eager(thresholds, torch.arange(ROWS))
-        went = {
-            s: int(trace.dense(s).sum()) if s in trace else 0
-            for s in pliant.sites(case.model)
-            if not s.startswith("tokens")
-        }
-        feed = case.feed(thresholds, torch.arange(ROWS))
-        seen, wanted = case.ran(case, feed, list(went.values()), thresholds)
-        assert seen == wanted, name
+        if name in ("all", "none", "half"):
+            feed, went = run_of(case, thresholds, torch.arange(ROWS))
+            seen, wanted = case.ran(case, feed, list(went.values()), thresholds)
+            assert seen == wanted, name
+            ran[name] = len(case.events(feed))
+    assert ran["none"] < ran["all"] >= ran["half"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [0, 1])
+def test_no_row_and_a_single_one(case: Case, rows: int) -> None:
+    """One row runs as one row, not beside a dummy, and only what it needs; of no rows there are no answers."""
+    found = paths_of(case)
+    ran: dict[str, int] = {}
+    for name in ("all", "none"):
+        thresholds = {s: 0.0 if s.startswith("tokens") else t for s, t in found[name].items()}
+        feed, _ = run_of(case, thresholds, torch.arange(rows)) if rows else (case.feed(thresholds, torch.arange(0)), {})
+        answers = case.session.run(None, feed)
+        assert answers[0].shape == (rows, 5)
+        events = [e for e in case.events(feed) if e["args"]["op_name"] in ("Conv", "Gemm", "MatMul")]
+        shapes = [next(iter(e["args"]["output_type_shape"][0].values())) for e in events]
+        assert {shape[0] for shape in shapes} <= {rows}
+        ran[name] = len(events)
+    assert ran["none"] < ran["all"] if rows else ran["none"] == ran["all"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ def profiled(path: Path, feed: dict[str, Any]) -> list[int]:
 
 
 def test_rows_that_left_are_not_computed(tmp_path: Path) -> None:
-    """Each convolution of stage k sees the rows that reached it, and one dummy row after the first exit."""
+    """Each convolution of stage k sees the rows that reached it; where nobody did, it doesn't run, nor does what it alone reads."""
     model: Any = lively(msdnet())
     path = export_onnx(model, tmp_path / "model.onnx", images(4))
     x = images(32)
@@ -194,9 +195,14 @@ def test_rows_that_left_are_not_computed(tmp_path: Path) -> None:
         with torch.no_grad():
             _, trace = pliant.record(turned(model, thresholds))(x)
         reached = [32, *(int(trace.dense(s).sum()) if s in trace else 0 for s in sites)]
-        wanted = [n for k, n in enumerate(reached) for n in [n + (k > 0)] * counts[k]]
+        wanted = [n for k, n in enumerate(reached) for n in [n] * counts[k] if n]
         feed = {"input": x.numpy(), "thresholds": torch.tensor([thresholds[s] for s in sites]).numpy()}
-        assert sorted(profiled(path, feed)) == sorted(wanted)
+        seen = Counter(profiled(path, feed))
+        if min(reached):
+            assert seen == Counter(wanted)
+        else:
+            assert seen <= Counter(wanted)
+            assert set(seen) == set(wanted)
 
 
 @pytest.mark.parametrize("make", [mixed, msdnet])

@@ -39,6 +39,7 @@ class Tape:
     def __init__(self, meter: Meter | None = None) -> None:
         self.decisions: list[tuple[nn.Module, Decision]] = []
         self.exits: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+        self.left: dict[int, Tensor] = {}  # by the executor's id: at which of its exits each row in flight left
         self.ran: list[Ran] = []
         self.counts: dict[int, int] = {}
         self.meter = meter
@@ -187,3 +188,9 @@ def write_exit(owner: nn.Module, logits: Any) -> None:
         if open_tape.grad:
             _refuse_lost_gradient(owner)
         open_tape.exits.append((logits, _state.rows, _state.reached))
+
+
+def write_left(owner: nn.Module, left: Tensor) -> None:
+    """Note at which exit of ``owner`` each row left, if anybody records: of an exported program, where it's free."""
+    if _state.tape is not None:
+        _state.tape.left[id(owner)] = left

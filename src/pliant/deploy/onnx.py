@@ -23,16 +23,17 @@ from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
 from pliant.core.files import atomic
 from pliant.core.site import Site
+from pliant.deploy.lazy import put_behind_ifs
 from pliant.tune.point import dial
 
 _LIMIT = 2**31 - 2**20  # bytes that one ONNX file can hold, less some room for the graph itself
 
 
 def export_onnx(model: nn.Module, path: str | Path, example: Any) -> Path:
-    r"""Write ``model`` as one ONNX file that skips for real, at any batch size of at least one row.
+    r"""Write ``model`` as one ONNX file that skips for real, at any batch size, one row and none included.
 
-    Rows that leave are dropped from the later stages (``NonZero``, ``Gather``, the stage, ``ScatterND``); every gathered set
-    carries one dummy row, since convolutions refuse an empty one, so a stage that nobody reaches still runs one row.
+    Rows that leave are dropped from the later stages (``NonZero``, ``Gather``, the stage, ``ScatterND``), and a stage that
+    nobody reaches doesn't run: it stands behind an ``If`` (with one dummy row where its rows don't come back by a scatter).
 
     Inputs: the model's own, and ``thresholds`` :math:`(S,)` float, the dials of the :math:`S` sites whose rule has one, in the
     order of ``pliant.sites(model)``; its default is where they stand now, so it needn't be fed (ONNX Runtime warns
@@ -81,6 +82,7 @@ def export_onnx(model: nn.Module, path: str | Path, example: Any) -> Path:
             do="export it in half precision",
         )  # fmt: skip
     proto = _translated(program, inputs, outputs)
+    put_behind_ifs(onnx, proto.graph)
     _name_rows(proto)
     now = {path: float(value) for path, value in served.thresholds().items()}
     if now:
@@ -184,8 +186,11 @@ class _Served(nn.Module):
         return (logits,) if written is None else (logits, self._left(written, logits))
 
     def _left(self, written: tape.Tape, logits: Tensor) -> Tensor:
-        """The exit where each row left: of the sites before it, every one said to go on."""
-        own = {id(site) for site in _chain(self.model).sites}  # found anew: the exporter puts stand-ins for modules
+        """The exit where each row left: as the chain says, or of the sites before it, every one said to go on."""
+        chain = _chain(self.model)  # found anew: the exporter puts stand-ins for modules
+        if id(chain) in written.left:
+            return written.left[id(chain)].ceil().to(torch.int64)
+        own = {id(site) for site in chain.sites}
         left = torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
         for site, decision in written.decisions:
             if id(site) in own:

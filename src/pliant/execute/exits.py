@@ -171,7 +171,12 @@ class Exits(Executor):
 
     def gathered(self, x: Any, given: Tensor | Outcome | None = None) -> Tensor:
         """Only what the rows still there need."""
-        return self._rest(self._links(), _go_on_gathered, 0, [x, _values(given), None, None, None])
+        state = [x, _values(given), None, None, None]
+        if not torch.compiler.is_exporting() or len(self.sites) == 0:
+            return self._rest(self._links(), _go_on_gathered, 0, state)
+        answer, left = self._rest(self._links(), _go_on_numbered, 0, state)
+        tape.write_left(self, left)
+        return answer
 
     def _links(self) -> _Links:
         """What every exit needs, looked up once a call: in each exit anew it would cost as much as the decision."""
@@ -225,3 +230,16 @@ def _go_on_gathered(
     site: Site, decision: Decision, rest: Callable[[list[Any]], Tensor], state: list[Any], early: Tensor
 ) -> Tensor:
     return rows.run_some(site, decision, rest, (state,), rows.replaced, lambda: early)
+
+
+def _go_on_numbered(
+    site: Site, decision: Decision, rest: Callable[[list[Any]], Any], state: list[Any], early: Tensor
+) -> Any:
+    """As gathered, with the exit of each row beside its answer."""
+
+    def further(chosen: list[Any]) -> Any:
+        answer = rest(chosen)
+        answer, left = rows.numbered(answer) if isinstance(answer, Tensor) else answer
+        return answer, left + 1
+
+    return rows.run_some(site, decision, further, (state,), rows.replaced, lambda: rows.numbered(early))

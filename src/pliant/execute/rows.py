@@ -144,23 +144,40 @@ def _run_exported(
     site: Site, decision: Decision, choice: int, run: Callable[..., Rows], state: tuple[Rows, ...],
     put: Callable[..., Rows], into: Callable[[], Rows],
 ) -> Rows:  # fmt: skip
-    """The same without a Python branch. One dummy row, never reached, keeps the gathered set from being empty."""
-    rows = decision.value.shape[0]
+    """The same without a Python branch."""
+    index, kept, real = exported_rows(decision)
+    with tape.part(site, decision.visit, str(choice), index=kept, reached=real):
+        part = run(*select(state, kept))
+    return put(into(), index, _each(part, lambda t: t.narrow(0, 0, index.shape[0])), decision)
+
+
+def exported_rows(decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows that chose 1; those that run, one dummy where nobody did; and which of them are no dummy.
+
+    Convolutions and batch norms refuse a size that may be 0, so the program is told of one that's at least 1.
+    """
     index = chosen_rows(decision)
     chosen = index.shape[0]
-    torch._check(chosen <= rows)
+    torch._check(chosen <= decision.value.shape[0])
     torch._check(chosen < 2**31)
-    with_dummy = torch.cat([index, index.new_zeros(1)])
+    some = torch.sym_max(chosen, 1)
+    kept = torch.cat([index, index.new_zeros(1)]).narrow(0, 0, some)
     real = torch.cat([torch.ones_like(index, dtype=torch.bool), index.new_zeros(1, dtype=torch.bool)])
-    with tape.part(site, decision.visit, str(choice), index=with_dummy, reached=real):
-        part = run(*select(state, with_dummy))
-    return put(
-        into(), index, pytree.tree_map(lambda t: t.narrow(0, 0, chosen) if isinstance(t, Tensor) else t, part), decision
-    )
+    return index, kept, real.narrow(0, 0, some)
+
+
+def numbered(answer: Tensor) -> tuple[Tensor, Tensor]:
+    """An exit's answers, and how many exits further each row left: none."""
+    return answer, torch.zeros(answer.shape[0], device=answer.device)
+
+
+def further(whole: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """The first ``count`` answers, as the exit before them sees them."""
+    return whole[0].narrow(0, 0, count), whole[1].narrow(0, 0, count) + 1
 
 
 def chosen_rows(decision: Decision) -> Tensor:
-    """The rows that chose 1, without a dummy that an outer set ends in: the dummies would add up."""
+    """The rows that chose 1, without the dummy that an outer set may be: nobody is in it."""
     value = decision.value.detach()
     return (value if decision.reached is None else value * decision.reached.to(value.dtype)).nonzero().squeeze(1)
 

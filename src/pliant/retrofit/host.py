@@ -162,14 +162,22 @@ class HostExits(Executor):
 
     def _answers(self, call: _Call, answer: Tensor) -> Tensor:
         """From the last answers back to the first: put each exit's own beside those of the rows that went on."""
+        if call.compact and torch.compiler.is_exporting():
+            return self._exported_answers(call, answer)
         for decision, index, early in reversed(call.passed):
-            if not call.compact:
-                answer = rows.mix(decision, answer, early)
-            else:
-                if index is not None and torch.compiler.is_exporting():
-                    answer = answer.narrow(0, 0, index.shape[0])  # without the dummy row
-                answer = rows.replaced(early, index, answer, decision)
+            answer = (
+                rows.replaced(early, index, answer, decision) if call.compact else rows.mix(decision, answer, early)
+            )
         return answer
+
+    def _exported_answers(self, call: _Call, answer: Tensor) -> Tensor:
+        """The same, without dummy rows, and the exit of each row beside its answer."""
+        whole = rows.numbered(answer)
+        for decision, index, early in reversed(call.passed):
+            assert index is not None
+            whole = rows.replaced(rows.numbered(early), index, rows.further(whole, index.shape[0]), decision)
+        tape.write_left(self, whole[1])
+        return whole[0]
 
     def _open(self) -> _Call | None:
         """The call that runs in this thread, if it's one of this host: a layer may also be called on its own."""
@@ -209,20 +217,18 @@ class HostExits(Executor):
 
     def _compact(self, call: _Call, k: int, decision: Decision, logits: Tensor, output: Any) -> Any:
         """Drop the rows that leave from what layer ``at[k]`` returned."""
-        site, index, real = self.sites[k], rows.chosen_rows(decision), None
-        kept = index
-        if torch.compiler.is_exporting():  # no branch on data: a dummy row, never reached, stands for "nobody goes on"
-            torch._check(index.shape[0] <= call.rows)
-            torch._check(index.shape[0] < 2**31)
-            kept = torch.cat([index, index.new_zeros(1)])
-            real = torch.cat([torch.ones_like(index, dtype=torch.bool), index.new_zeros(1, dtype=torch.bool)])
-        elif index.shape[0] == 0:
-            call.passed.append((decision, index, logits))
-            raise _AllDone
-        elif index.shape[0] == call.rows:
-            call.passed.append((decision, None, logits))
-            call.parts.enter_context(tape.part(site, decision.visit, "1"))
-            return None
+        site, real = self.sites[k], None
+        if torch.compiler.is_exporting():  # no branch on data
+            index, kept, real = rows.exported_rows(decision)
+        else:
+            index = kept = rows.chosen_rows(decision)
+            if index.shape[0] == 0:
+                call.passed.append((decision, index, logits))
+                raise _AllDone
+            if index.shape[0] == call.rows:
+                call.passed.append((decision, None, logits))
+                call.parts.enter_context(tape.part(site, decision.visit, "1"))
+                return None
         call.passed.append((decision, index, logits))
         call.parts.enter_context(tape.part(site, decision.visit, "1", index=kept, reached=real))
         call.carry = rows.select(call.carry, kept)
