@@ -37,6 +37,8 @@ class MarginReturns(MarginGain):
 
     References:
         Survey section 4.2.1 (3); Wu et al., AdaFrame, CVPR 2019.
+
+    Differs from the paper: the margin counts as 0 before any look, so what a look gains below 0 is nothing.
     """
 
     def __init__(self, discount: float = 0.9) -> None:

@@ -92,7 +92,8 @@ def adaframe(
     References:
         Survey section 4.2.1 (3); Wu et al., AdaFrame, CVPR 2019.
 
-    Differs from the paper: small networks; the LSTM has one layer, and is told where it looks.
+    Differs from the paper: small networks, not pre-trained; the LSTM has one layer, and is told where it looks; margins below 0
+    count as 0 in the reward.
     """
     frames = resnet(num_classes, in_chans, depth=depth, widths=widths)
     layers = [m for a, b in pairwise((in_chans, 16, 32)) for m in (*conv_norm(a, b, 3, 2), nn.ReLU())]
