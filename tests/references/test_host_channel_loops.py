@@ -15,13 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import pliant
 from pliant import Decision, Trace, rules
 from pliant.cost import expected_flops
-from pliant.functional.channels import conv_picked, pack, pick, unpack
+from pliant.functional.channels import alike, conv_picked, pack, pick, unpack
 from pliant.retrofit import channels
 
 INPUTS, WIDTH, SIZE = 3, 4, 5
 
 
-def conv(*sizes: int, **more: Any) -> Any:
+def conv(*sizes: Any, **more: Any) -> Any:
     return nn.Conv2d(*sizes, **more)
 
 
@@ -115,21 +115,27 @@ class Squeezed(nn.Module):
         return y
 
 
+@pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("kind", [Pair, Three, Squeezed])
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_both_forms_are_the_loop_and_bill_what_ran(kind: type[Any], data: Any) -> None:
+def test_both_forms_are_the_loop_and_bill_what_ran(kind: type[Any], groups: int | None, data: Any) -> None:
     torch.manual_seed(0)
     block = kind().eval()
     count = data.draw(st.sampled_from([0, 1, 2, 5]))
-    model = channels(nn.Sequential(block).eval(), ["0"], example=torch.randn(2, INPUTS, SIZE, SIZE))
+    model = channels(nn.Sequential(block).eval(), ["0"], groups=groups, example=torch.randn(2, INPUTS, SIZE, SIZE))
     number = st.sampled_from(data.draw(st.sampled_from([(0.0, 1.0), (0.0,), (1.0,), (0.0, 0.5, 1.0)])))
     values = [
         torch.tensor(data.draw(st.lists(number, min_size=count * n, max_size=count * n))).reshape(count, n)
-        for n in kind.widths
+        for n in (kind.widths if groups is None else [groups])
     ]
     weight = any(bool(((v > 0) & (v < 1)).any()) for v in values)
     visits = {f"channels.0.sites.{k}": (Decision(v, weight=weight),) for k, v in enumerate(values)}
+    if groups is not None:
+        values = [values[0][:, model.channels[0].get_buffer(f"group{k}")] for k in range(len(kind.widths))]
+        assert [
+            torch.bincount(model.channels[0].get_buffer(f"group{k}")).tolist() for k in range(len(kind.widths))
+        ] == [[n // groups] * groups for n in kind.widths]
     model = pliant.bind(model, {"*": rules.Given(Trace(visits, (), (), count))})
     x = torch.randn(count, INPUTS, SIZE, SIZE)
     with torch.no_grad():
@@ -165,10 +171,11 @@ def test_picked_channels_are_those_of_the_whole(data: Any) -> None:
         torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows * n, max_size=rows * n))).reshape(rows, n)
         for n in (3, 4)
     ]
-    reads, writes = map(pick, masks)
+    sets = alike(torch.cat(masks, 1))
+    reads, writes = (pick(mask, sets) for mask in masks)
     x, weight, bias = torch.randn(rows, 3, 4, 4), torch.randn(4, 3, 3, 3), torch.randn(4)
     whole = F.conv2d(x * masks[0][..., None, None], weight, bias)
-    torch.testing.assert_close(unpack(pack(x, reads), reads, 3), x * masks[0][..., None, None])
+    torch.testing.assert_close(unpack(pack(x, reads), reads, (rows, 3)), x * masks[0][..., None, None])
     torch.testing.assert_close(conv_picked(pack(x, reads), weight, bias, reads=reads), whole)
     torch.testing.assert_close(
         conv_picked(pack(x, reads), weight, bias, reads=reads, writes=writes), pack(whole, writes)

@@ -42,11 +42,19 @@ def near(a: Any, b: Any) -> bool:
     return off(a, b) <= 5e-6 * (1 + float(logits(b).abs().max()))
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        *((name, None) for name in CHOSEN),
+        ("timm resnet50", 4),
+        ("timm mobilenetv3_small_100", 4),
+        ("torchvision vgg16", 2),
+    ],
+)
 @torch.no_grad()
-def test_channels_of_models_that_users_have(name: str) -> None:
+def test_channels_of_models_that_users_have(name: str, groups: int | None) -> None:
     host, call = host_of(name)
-    model = channels(host, HOSTS[name].channels, example=call)
+    model = channels(host, HOSTS[name].channels, groups=groups, example=call)
     y = host(**call)
     for form in (pliant.bind(model, {"*": rules.Always()}), pliant.plain(model)):
         assert torch.equal(logits(form(**call)), logits(y))
@@ -189,17 +197,20 @@ def test_a_norm_counts_all_rows_while_training() -> None:
     assert torch.equal(model.blocks[0].norm.running_var, wanted.blocks[0].norm.running_var)
 
 
+@pytest.mark.parametrize("groups", [None, 4])
 @torch.no_grad()
-def test_a_fitted_gate_loses_less_than_a_random_choice() -> None:
+def test_a_fitted_gate_loses_less_than_a_random_choice(groups: int | None) -> None:
     host = small()
     scales = torch.rand(6, generator=torch.Generator().manual_seed(1))[:, None, None] * 2
     held = torch.randn(256, 6, 5, 5) * scales
     x = torch.randn(128, 6, 5, 5) * scales
-    model = channels(host, ["blocks.*"], example=X, top=0.5)
+    model = channels(host, ["blocks.*"], example=X, top=0.5, groups=groups)
     told = fit_routers(model, [held])
     assert list(told) == list(pliant.sites(model))
     assert all(0.05 < share <= 1 for share in told.values())
     drawn = pliant.bind(model, {"*": rules.Random(0.5, torch.Generator().manual_seed(0))})
+    if groups is not None:  # of a few random ones none is much worse than another
+        return
     wanted = host(x)
     lost = [float((form(x) - wanted).square().mean()) for form in (model, drawn)]
     assert lost[0] < 0.7 * lost[1]
@@ -302,7 +313,8 @@ def test_what_has_no_channels_to_choose_is_refused(make: Any, message: str) -> N
     [
         ({"top": 0}, "top=0; expected a share"),
         ({"top": 1.5}, "top=1.5"),
-        ({"scorer": lambda *_: nn.Identity()}, r"scores of shape \(3, 6, 5, 5\) for 3 rows of 16 channels"),
+        ({"groups": 5}, "groups=5 for 16 channels; expected groups of one size. Do: pass groups=4"),
+        ({"scorer": lambda *_: nn.Identity()}, r"scores of shape \(3, 6, 5, 5\) for 3 rows and 16 channels"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:

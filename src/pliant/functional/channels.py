@@ -96,22 +96,50 @@ def _conv(x: Tensor, weight: Tensor, rows: Tensor, taken: Tensor, left: Tensor, 
     return conv_each(maps, kernels, geometry=geometry)
 
 
+class Alike(NamedTuple):
+    """The rows of a batch in sets that chose the same, and where each row then is (R,); None where they are in order."""
+
+    rows: list[Tensor]
+    back: Tensor | None
+
+
 class Picked(NamedTuple):
-    """Channels of all rows side by side, row after row: of each its row and its channel (P,); and how many each row has."""
+    """Channels of all rows side by side, set after set and row after row: of each its row and its channel (P,).
+
+    For each set of rows that chose the same: which rows, and which channels they have.
+    """
 
     row: Tensor
     channel: Tensor
-    counts: list[int]
+    sets: Alike
+    channels: list[Tensor]
 
 
-def pick(mask: Tensor) -> Picked:
-    """Where ``mask`` (R, C) is true.
+def alike(chosen: Tensor) -> Alike:
+    """Sets of rows of ``chosen`` (R, ...) that are equal.
 
-    >>> pick(torch.tensor([[False, True], [True, True]]))
-    Picked(row=tensor([0, 1, 1]), channel=tensor([1, 0, 1]), counts=[1, 2])
+    >>> alike(torch.tensor([[1, 0], [0, 1], [1, 0]])).rows
+    [tensor([1]), tensor([0, 2])]
     """
-    row, channel = mask.nonzero(as_tuple=True)
-    return Picked(row, channel, mask.sum(1).tolist())
+    count = chosen.shape[0]
+    kinds, kind = chosen.unique(dim=0, return_inverse=True) if count > 1 else (chosen, None)
+    if kind is None or kinds.shape[0] == count:
+        return Alike(list(torch.arange(count, device=chosen.device).split(1)), None)
+    order = kind.argsort(stable=True)
+    return Alike(list(order.split(kind.bincount().tolist())), None if kinds.shape[0] == 1 else order.argsort())
+
+
+def pick(mask: Tensor, sets: Alike | None = None) -> Picked:
+    """Where ``mask`` (R, C) is true, which is the same in all rows of a set; default, whoever is alike.
+
+    >>> pick(torch.tensor([[False, True], [True, True], [False, True]])).channel
+    tensor([1, 1, 0, 1])
+    """
+    sets = alike(mask) if sets is None else sets
+    channels = [mask[rows[0]].nonzero().squeeze(1) for rows in sets.rows]
+    row = torch.cat([r.repeat_interleave(len(c)) for r, c in zip(sets.rows, channels, strict=True)])
+    channel = torch.cat([c.repeat(len(r)) for r, c in zip(sets.rows, channels, strict=True)])
+    return Picked(row, channel, sets, channels)
 
 
 def pack(x: Tensor, picked: Picked) -> Tensor:
@@ -119,22 +147,21 @@ def pack(x: Tensor, picked: Picked) -> Tensor:
     return x[picked.row, picked.channel][None]
 
 
-def unpack(x: Tensor, picked: Picked, channels: int) -> Tensor:
-    """Maps (R, C, H, W) of picked channels (1, P, H, W), 0 in the others."""
-    whole = x.new_zeros((len(picked.counts), channels, *x.shape[2:]))
-    return whole.index_put((picked.row, picked.channel), x[0])
+def unpack(x: Tensor, picked: Picked, shape: tuple[int, int]) -> Tensor:
+    """Maps (R, C, H, W) of picked channels (1, P, H, W), 0 in the others; ``shape`` is R and C."""
+    return x.new_zeros((*shape, *x.shape[2:])).index_put((picked.row, picked.channel), x[0])
 
 
 def conv_picked(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reads: Picked | None = None, writes: Picked | None = None,
     geometry: Geometry = Geometry(),
 ) -> Tensor:  # fmt: skip
-    r"""Convolve, row by row, from the channels that a row reads to those that it writes, picked ones side by side.
+    r"""Convolve from the channels that a row reads to those that it writes, picked ones side by side.
 
     .. math:: y_{ro} = b_o + \sum_{i \in \text{reads}_r} W_{oi} * x_{ri}, \qquad o \in \text{writes}_r
 
-    What lies between two such convolutions sees maps of one row with :math:`P` channels, so what treats channels alone runs on
-    just those that were picked.
+    Rows that chose the same run together, by one part of the kernel. What lies between two such convolutions sees maps of one
+    row with :math:`P` channels, so what treats channels alone runs on just those that were picked.
 
     Shape:
         ``x`` :math:`(R, I, H, W)`, or where ``reads`` is given :math:`(1, P, H, W)`; ``weight`` :math:`(O, I, k, l)`; returns
@@ -145,7 +172,7 @@ def conv_picked(
         weight: one kernel for all rows.
         bias: of every output channel.
         reads: which channels of the input each row has; default, all.
-        writes: which channels of the output each row wants; default, all. At least one of both is given.
+        writes: which channels of the output each row wants; default, all. At least one of both is given, both of the same sets.
         geometry: how the kernel moves, in one group.
 
     Returns:
@@ -160,27 +187,32 @@ def conv_picked(
     """
     some = reads or writes
     assert some is not None
-    rows = len(some.counts)
-    maps = x.split(reads.counts, 1) if reads is not None else x.split(1)
-    taken = [None] * rows if reads is None else reads.channel.split(reads.counts)
-    left = [None] * rows if writes is None else writes.channel.split(writes.counts)
-    parts = [
-        _conv_picked(m, weight, bias, i, o, geometry) for m, i, o in zip(maps, taken, left, strict=True)
-    ]  # fmt: skip
-    return torch.cat(parts, 0 if writes is None else 1)
+    sets, parts = some.sets, list[Tensor]()
+    at = 0
+    for k, rows in enumerate(sets.rows):
+        maps, kernel, shift = x, weight, bias
+        if writes is not None:
+            kernel = kernel.index_select(0, writes.channels[k])
+            shift = None if shift is None else shift.index_select(0, writes.channels[k])
+        if reads is not None:
+            taken = reads.channels[k]
+            kernel = kernel.index_select(1, taken)
+            maps = x.narrow(1, at, len(rows) * len(taken)).reshape(len(rows), len(taken), *x.shape[2:])
+            at += len(rows) * len(taken)
+        elif len(rows) < x.shape[0]:
+            maps = x.index_select(0, rows) if len(rows) > 1 else x[int(rows) : int(rows) + 1]
+        parts.append(_conv_some(maps, kernel, shift, geometry))
+    if writes is not None:
+        return parts[0].flatten(0, 1)[None] if len(parts) == 1 else torch.cat([y.flatten(0, 1) for y in parts])[None]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y if sets.back is None else y.index_select(0, sets.back)
 
 
-def _conv_picked(
-    x: Tensor, weight: Tensor, bias: Tensor | None, taken: Tensor | None, left: Tensor | None, geometry: Geometry
-) -> Tensor:
-    """The convolution of one row."""
-    if left is not None:
-        weight, bias = weight.index_select(0, left), None if bias is None else bias.index_select(0, left)
-    if taken is not None:
-        weight = weight.index_select(1, taken)
+def _conv_some(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """A convolution that may have nothing to read, or nothing to write."""
     if weight.numel():
         return _conv_one(x, weight, geometry, bias)
-    y = x.new_zeros((1, weight.shape[0], *output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]), geometry)))
+    y = x.new_zeros((x.shape[0], weight.shape[0], *output_size(tuple(x.shape[2:]), tuple(weight.shape[2:]), geometry)))
     return y if bias is None else y + bias[:, None, None]
 
 

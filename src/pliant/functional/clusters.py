@@ -40,7 +40,7 @@ def balanced_clusters(points: Tensor, count: int, *, rounds: int = 8, seed: int 
     assigned = None
     centres = _spread(points, count, seed)
     for _ in range(rounds):
-        found = _assigned(torch.cdist(points, centres), points.shape[0] // count)
+        found = balanced_assignment(torch.cdist(points, centres), points.shape[0] // count)
         if assigned is not None and torch.equal(found, assigned):
             break
         assigned = found
@@ -61,8 +61,14 @@ def _spread(points: Tensor, count: int, seed: int) -> Tensor:
     return points[chosen]
 
 
-def _assigned(distances: Tensor, size: int) -> Tensor:
-    """The cluster of each point, none with more than ``size``."""
+def balanced_assignment(distances: Tensor, size: int) -> Tensor:
+    """The cluster of each point (n,) by its distances (n, k), none with more than ``size``: who would lose most chooses first.
+
+    >>> balanced_assignment(torch.tensor([[0.0, 1.0], [0.0, 9.0]]), 1)
+    tensor([1, 0])
+    """
+    if distances.shape[1] == 1:
+        return distances.new_zeros(distances.shape[0], dtype=torch.int64)
     best = distances.topk(2, largest=False).values
     order = (best[:, 1] - best[:, 0]).argsort(descending=True, stable=True).tolist()
     choices = distances.argsort(1).tolist()

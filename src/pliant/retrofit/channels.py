@@ -15,6 +15,7 @@ from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
 from pliant.core.site import Rule, Site
 from pliant.estimators.ranked import RankStraightThrough
+from pliant.functional.clusters import balanced_assignment, balanced_clusters
 from pliant.functional.dynamic_conv import Geometry, output_size
 from pliant.retrofit.host_channels import HostChannels, Role, own_tensors
 from pliant.retrofit.pairs import Ran, Watched, all_of, inside, modules_of, own, refuse_not_called, trouble, watch
@@ -36,8 +37,8 @@ class Chain(NamedTuple):
 
 
 def channels(
-    model: nn.Module, at: Sequence[str], *, example: Any, top: float = 0.5, scorer: Callable[[Tensor, int], nn.Module] | None = None,
-    rule: Rule | None = None,
+    model: nn.Module, at: Sequence[str], *, example: Any, top: float = 0.5, groups: int | None = None,
+    scorer: Callable[[Tensor, int], nn.Module] | None = None, rule: Rule | None = None,
 ) -> Any:  # fmt: skip
     r"""Choose channels between the convolutions inside ``at`` of your own model; a gate picks for each input which run.
 
@@ -64,6 +65,8 @@ def channels(
         at: dotted names or patterns of modules that hold such chains, such as ``"layer*.*"``; all inside are taken.
         example: a small batch, as for :func:`exits`.
         top: the share of each input's channels that runs, in (0, 1]; a dial, which ``pliant.tune`` turns.
+        groups: so many groups of channels are chosen instead of channels, by one site for each chain; default, each by itself.
+            Few groups pay in batches: inputs that chose the same run together.
         scorer: from an example of what a chain reads and a number of channels :math:`C` to a module that gives each row as many
             scores; default, a linear one of means over the map.
         rule: each site gets a copy, and ``top`` isn't read; default, ``RankStraightThrough(Share(top))``.
@@ -103,14 +106,16 @@ def channels(
     for chain in chains:
         layers: list[Any] = [twin.get_submodule(role.path) for role in chain.roles]
         sites: list[Site] = []
-        for k, hidden in enumerate(chain.hidden):
-            score = ChannelMass(chain.x, hidden) if scorer is None else scorer(chain.x, hidden)
-            _refuse_scorer(score, chain, hidden)
+        convs = [layer for layer, role in zip(layers, chain.roles, strict=True) if role.kind == "conv"]
+        grouping = [] if groups is None else _grouping(convs, chain, groups)
+        for k, choices in enumerate(chain.hidden if groups is None else [groups]):
+            score = ChannelMass(chain.x, choices) if scorer is None else scorer(chain.x, choices)
+            _refuse_scorer(score, chain, choices)
             if scorer is None:
-                _begin(score, layers, chain.roles, k)
+                _begin(score, convs[k : k + 2], k == 0, grouping[0] if grouping else None)
             decides = copy.deepcopy(rule or RankStraightThrough(Share(top)))
-            sites.append(Site(score, decides, shape=(hidden,)).to(chain.x.device))
-        made.append(HostChannels(layers, chain.roles, sites).train(model.training))
+            sites.append(Site(score, decides, shape=(choices,)).to(chain.x.device))
+        made.append(HostChannels(layers, chain.roles, sites, grouping).train(model.training))
     twin.add_module("channels", made)
     return twin
 
@@ -231,23 +236,48 @@ def _common(first: str, last: str) -> str:
 
 
 @torch.no_grad()
-def _begin(score: Any, layers: Sequence[Any], roles: Sequence[Role], k: int) -> None:
-    """The gate's first weights: how much each channel can add, by what is written into it and what reads it."""
-    convs = [layer for layer, role in zip(layers, roles, strict=True) if role.kind == "conv"]
-    writes, reads = convs[k : k + 2]
+def _grouping(convs: Sequence[Any], chain: Chain, groups: int) -> list[Tensor]:
+    """Of which group each channel is: first channels that read alike come together, then those that read most from the same group."""
+    for hidden in chain.hidden:
+        if groups < 1 or hidden % groups:
+            some = [n for n in range(1, hidden + 1) if hidden % n == 0]
+            raise PliantError(
+                got=f"groups={groups} for {hidden} channels", expected="groups of one size",
+                do=f"pass groups={min(some, key=lambda n: abs(n - groups))}", site=chain.roles[0].path,
+            )  # fmt: skip
+    weights = [conv.weight.detach().float() for conv in convs]
+    order = balanced_clusters(nn.functional.normalize(weights[0].flatten(1), dim=1), groups)
+    found = [
+        torch.empty_like(order.flatten()).scatter(
+            0, order.flatten(), torch.arange(groups).repeat_interleave(order.shape[1]).to(order.device)
+        )
+    ]
+    for weight in weights[1:-1]:
+        said = weight.flatten(2).norm(dim=2)  # (O, I)
+        by_group = said.new_zeros(len(said), groups).index_add(1, found[-1], said)
+        found.append(balanced_assignment(-by_group, len(said) // groups))
+    return found
+
+
+@torch.no_grad()
+def _begin(score: Any, convs: Sequence[Any], first: bool, group: Tensor | None) -> None:
+    """The gate's first weights: how much each channel, or group, can add by what is written into it and what reads it."""
+    writes, reads = convs
     weight = reads.weight.flatten(2).norm(dim=(0, 2))
-    if k == 0:
-        score.linear.weight.copy_(writes.weight.flatten(2).norm(dim=2) * weight[:, None])
+    into = writes.weight.flatten(2).norm(dim=2) * weight[:, None]
+    into = into if group is None else into.new_zeros(score.linear.out_features, into.shape[1]).index_add(0, group, into)
+    if first:
+        score.linear.weight.copy_(into)
     else:  # what the gate reads isn't what's written from
-        score.linear.bias.copy_(writes.weight.flatten(1).norm(dim=1) * weight)
+        score.linear.bias.copy_(into.sum(1))
 
 
-def _refuse_scorer(scorer: nn.Module, chain: Chain, hidden: int) -> None:
+def _refuse_scorer(scorer: nn.Module, chain: Chain, choices: int) -> None:
     with torch.no_grad():
         scores = share(scorer).eval()(chain.x)
-    if scores.shape != (chain.x.shape[0], hidden):
+    if scores.shape != (chain.x.shape[0], choices):
         raise PliantError(
-            got=f"scores of shape {tuple(scores.shape)} for {chain.x.shape[0]} rows of {hidden} channels",
-            expected="one score for each channel", do="pass scorer= that makes a module from (R, I, H, W) to (R, C)",
+            got=f"scores of shape {tuple(scores.shape)} for {chain.x.shape[0]} rows and {choices} channels or groups",
+            expected="one score for each", do="pass scorer= that makes a module from (R, I, H, W) to (R, C)",
             site=chain.roles[0].path,
         )  # fmt: skip

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,13 +18,13 @@ from pliant.core.decision import Decision
 from pliant.core.executor import Executor
 from pliant.core.site import Site
 from pliant.execute import rows
-from pliant.functional.channels import Picked, conv_picked, pack, pick, unpack
+from pliant.functional.channels import Picked, alike, conv_picked, pack, pick, unpack
 from pliant.functional.dynamic_conv import Geometry, output_size
 from pliant.retrofit.parts import all_on, calls, muted, wanted
 
 
 class Role(NamedTuple):
-    """What a layer does with hidden channels, which are called by the number of their site.
+    """What a layer does with hidden channels, which are called by their number in the chain.
 
     "conv" reads some, or writes some, or both; "alone" treats each channel alone; "weigh" reads or writes means over the map.
     """
@@ -35,7 +36,7 @@ class Role(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What was decided for each site, and the channels that run; None where everything is computed."""
+    """What was decided for each of the hidden channels, (R, C) each, and which run; None where everything is computed."""
 
     decisions: tuple[Decision, ...]
     picked: tuple[Picked, ...] | None
@@ -46,14 +47,20 @@ class HostChannels(Executor):
 
     Gathered, a convolution hands on the chosen channels of all rows side by side, as those of a single row; what lies between
     treats each channel alone and doesn't mind, given the parameters of those channels; the next convolution takes them up.
-    All sites decide from what the first convolution reads.
+    All sites decide from what the first convolution reads. There is one for each of the hidden channels; or, with ``groups`` that
+    say of which group each channel is (C,), a single one that decides all of them.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], roles: Sequence[Role], sites: Sequence[Site]) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Module], roles: Sequence[Role], sites: Sequence[Site], groups: Sequence[Tensor] = ()
+    ) -> None:
         super().__init__()
         self.layers: tuple[Any, ...] = tuple(layer.forward for layer in layers)  # the layers' own, bound methods
         self.roles = tuple(roles)
         self.sites = nn.ModuleList(sites)
+        self.grouped = len(groups)
+        for k, group in enumerate(groups):
+            self.register_buffer(f"group{k}", group)
         for j, layer in enumerate(layers):
             vars(layer)["forward"] = functools.partial(self.layer, j)
 
@@ -62,14 +69,19 @@ class HostChannels(Executor):
 
     def masked(self, x: Tensor) -> Chosen:
         """All channels run; those that weren't chosen count as 0."""
-        return Chosen(tuple(site(x, shape=site.shape) for site in self._sites()), None)
+        decisions = tuple(site(x, shape=site.shape) for site in self._sites())
+        return Chosen(
+            tuple(map(self._expanded, decisions * (self.grouped or 1), range(self.grouped or len(decisions)))), None
+        )
 
     def gathered(self, x: Tensor) -> Chosen:
         """Chosen channels run; while training all do, since a norm's statistics are of all rows."""
         chosen = self.masked(x)
         if self.training or torch.compiler.is_exporting() or all(map(all_on, chosen.decisions)):
             return chosen
-        return chosen._replace(picked=tuple(pick(d.value.detach() != 0) for d in chosen.decisions))
+        masks = [d.value.detach() != 0 for d in chosen.decisions]
+        sets = alike(torch.cat(masks, 1))
+        return chosen._replace(picked=tuple(pick(mask, sets) for mask in masks))
 
     def layer(self, j: int, x: Tensor) -> Tensor:
         """What the host calls as the forward of layer ``j``."""
@@ -88,18 +100,34 @@ class HostChannels(Executor):
 
     def routers(self) -> list[tuple[str, nn.Module, nn.Module, Site]]:
         """Each site by name, with the layers that read what it reads and what its channels make."""
-        return [(f"sites.{k}", self._layer(0), self._reader(k), site) for k, site in enumerate(self._sites())]
+        last = (self.grouped or 1) - 1  # a site of groups is judged by what the last of its channels add
+        return [(f"sites.{k}", self._layer(0), self._reader(k + last), s) for k, s in enumerate(self._sites())]
 
     def reads(self, x: Tensor) -> Tensor:
         """What a router reads of the first layer's input."""
         return x
 
     def mass(self, h: Tensor, k: int) -> Tensor:
-        """How much each channel of site ``k`` adds for each row, at most: (R, C) from maps (R, C, H, W)."""
-        return h.abs().mean((2, 3)) * self._reader(k).weight.detach().flatten(2).norm(dim=(0, 2))
+        """How much each choice of site ``k`` adds for each row, at most: (R, C), or by groups, from maps (R, C, H, W)."""
+        k = self.grouped - 1 if self.grouped else k
+        each = h.abs().mean((2, 3)) * self._reader(k).weight.detach().flatten(2).norm(dim=(0, 2))
+        if not self.grouped:
+            return each
+        return each.new_zeros(len(each), *self._sites()[0].shape).index_add(1, self._group(k), each)
 
     def _sites(self) -> list[Any]:
         return list(self.sites)
+
+    def _group(self, k: int) -> Tensor:
+        return self.get_buffer(f"group{k}")
+
+    def _expanded(self, decision: Decision, k: int) -> Decision:
+        """What was decided for each group as a decision for each of hidden channels ``k``."""
+        if not self.grouped:
+            return decision
+        value, soft = decision.value.index_select(1, self._group(k)), decision.soft
+        wide = value if soft is decision.value else None if soft is None else soft.index_select(1, self._group(k))
+        return replace(decision, value=value, soft=wide)
 
     def _layer(self, j: int) -> Any:
         return self.layers[j].__self__
@@ -155,7 +183,7 @@ class HostChannels(Executor):
             if chosen.picked is None:
                 return self.layers[j](self._muted(x, decision))
             picked = chosen.picked[role.reads]
-            whole = unpack(x[:, : len(picked.row)], picked, decision.value.shape[1])
+            whole = unpack(x[:, : len(picked.row)], picked, (decision.value.shape[0], decision.value.shape[1]))
             return self.layers[j](muted(whole, decision.value.to(x.dtype)[..., None, None], decision))
         y = self.layers[j](x)
         if chosen.picked is None or role.writes is None:
@@ -168,7 +196,8 @@ class HostChannels(Executor):
         role = self.roles[j]
         ends = dict.fromkeys(k for k in (role.writes, role.reads) if k is not None)
         decisions = [chosen.decisions[k] for k in ends]
-        site, visit, name = self._sites()[next(iter(ends))], decisions[0].visit, f"1/{role.path}"
+        site = self._sites()[0 if self.grouped else next(iter(ends))]
+        visit, name = decisions[0].visit, f"1/{role.path}"
         of = math.prod(d.value.shape[1] for d in decisions)
         if tape.tape() is None:
             return tape.part(site, visit, name, of=of)

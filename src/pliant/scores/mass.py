@@ -55,7 +55,7 @@ class ChannelMass(Mass):
 
     Args:
         like: maps; their channels, dtype and device are taken.
-        outputs: :math:`O`.
+        outputs: :math:`O`, channels or groups of them.
 
     >>> import torch
     >>> ChannelMass(torch.zeros(2, 8, 4, 4), 6)(torch.zeros(2, 8, 4, 4)).shape
