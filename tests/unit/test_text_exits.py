@@ -46,6 +46,18 @@ def test_the_trunk_is_frozen_while_ramps_learn() -> None:
     assert changed == {"heads0", "heads1"}
 
 
+def test_the_losses_of_both_stages_are_the_papers() -> None:
+    """The classifier's cross-entropy, then the unweighted sum of the off-ramps', the classifier left out."""
+    torch.manual_seed(0)
+    model, data = deebert(2, 12, layers=4, width=8, heads=2, dropout=0.0).train(), texts()
+    y, trace = pliant.record(model)(data.x)
+    each = [nn.functional.cross_entropy(e.logits, data.y) for e in trace.exits]
+    for (phase,), wanted in zip(two_stages(model), (each[3], each[0] + each[1] + each[2]), strict=True):
+        assert phase.loss is not None
+        (found,) = phase.loss(y, trace, data.y, 0.0).values()
+        torch.testing.assert_close(found, wanted)
+
+
 @torch.no_grad()
 def test_no_entropy_is_low_enough_for_zero_and_a_higher_one_never_runs_deeper() -> None:
     torch.manual_seed(0)

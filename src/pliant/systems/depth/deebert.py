@@ -78,7 +78,7 @@ def two_stages(model: Exits, *, epochs: int = 3, lr: float = 2e-5) -> tuple[list
     ('fine-tune', ('heads.*', '!heads.2.*'))
     """
     last = len(model.heads) - 1
-    ramps = Total({"ramps": (float(last), MultiExit([1.0] * last + [0.0]))})  # the sum of their losses
+    ramps = Total({"ramps": (1.0, MultiExit([1.0] * last + [0.0]))})
     trunk = Total({"task": (1.0, MultiExit([0.0] * last + [1.0]))})
     ours = tuple(f"!heads.{k}.*" for k in range(last))
     return (

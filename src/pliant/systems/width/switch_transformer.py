@@ -67,7 +67,7 @@ def switch_transformer(
 
     Differs from the paper: a decoder of characters with layers normalised before, in place of T5; an expert's room is counted in
     each text anew, so that no answer hangs on its neighbours in the batch; routers and experts alone start at a tenth of the usual
-    scale, and experts have no dropout rate of their own.
+    scale, experts have no dropout rate of their own, and the balance of several layers is averaged.
     """
 
     def feed(index: int) -> nn.Module:
