@@ -13,7 +13,7 @@ from pliant.core.bind import share
 from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
 from pliant.core.site import Site
-from pliant.retrofit.skips import HostSkip
+from pliant.retrofit.skips import Aside, HostSkip
 
 
 class _Compiled:
@@ -66,7 +66,9 @@ def static_parts(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mod
     """
     if isinstance(model, Site) or ("forward" in vars(model) and not isinstance(model, Executor) and path):
         return  # a module whose forward was replaced is some executor's, which runs the old one
-    if _called(model) and not any(_decides(m) for m in model.modules()) and any(True for _ in model.parameters()):
+    inner = (m for m in model.modules() if m is not model)
+    decides = any(map(_decides, model.modules())) or any(map(_hooked, inner))
+    if _called(model) and not decides and any(True for _ in model.parameters()):
         yield path, model
         return
     if isinstance(model, HostSkip):
@@ -78,6 +80,12 @@ def static_parts(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Mod
 
 def _called(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward  # a list of modules isn't called itself
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether decisions hang on a layer of a host: behind its own forward, and so inside that of what holds it."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(isinstance(getattr(getattr(h, "func", h), "__self__", None), (Aside, Executor)) for h in hooks)
 
 
 def _decides(module: nn.Module) -> bool:

@@ -66,7 +66,7 @@ class TokenCall:
         t = t.expand(index.shape[0], *t.shape[1:]) if rows.same(t.shape[0], 1) else t
         for d in at:
             t = take(t.transpose(1, d), index).transpose(1, d)
-        return t
+        return t.contiguous()  # as when rows leave next: a compiled layer has a program for each layout
 
 
 class _Calls(threading.local):
