@@ -20,7 +20,7 @@ from pliant.core.site import Site
 from pliant.execute import rows
 from pliant.functional.channels import Picked, alike, conv_picked, pack, pick, unpack
 from pliant.functional.dynamic_conv import Geometry, output_size
-from pliant.retrofit.parts import all_on, calls, muted, wanted
+from pliant.retrofit.parts import all_on, calls, muted, unread, wanted
 
 
 class Role(NamedTuple):
@@ -199,7 +199,7 @@ class HostChannels(Executor):
         site = self._sites()[0 if self.grouped else next(iter(ends))]
         visit, name = decisions[0].visit, f"1/{role.path}"
         of = math.prod(d.value.shape[1] for d in decisions)
-        if tape.tape() is None:
+        if unread():
             return tape.part(site, visit, name, of=of)
         counts = [(d.value != 0).sum(1) for d in decisions]
         units = None if chosen.picked is None else functools.reduce(torch.mul, counts)

@@ -16,7 +16,7 @@ from pliant.core.executor import Executor
 from pliant.core.site import Site
 from pliant.execute import rows
 from pliant.functional.dispatch import Sent, dispatch
-from pliant.retrofit.parts import all_on, calls, muted, wanted
+from pliant.retrofit.parts import all_on, calls, muted, unread, wanted
 
 
 class Chosen(NamedTuple):
@@ -198,7 +198,7 @@ class HostExperts(Executor):
         """One layer of the pair runs: units are pairs of a token and an expert."""
         decision, sent = chosen.decision, chosen.sent
         of = decision.value.shape[1:].numel()
-        if tape.tape() is None:
+        if unread():
             return tape.part(self.site, decision.visit, f"1/{name}", of=of)
         units = None if sent is None else (decision.value != 0).flatten(1).sum(1)
         return tape.part(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pliant.core import tape
 from pliant.core.decision import Decision
 from pliant.execute import rows
 
@@ -35,6 +36,12 @@ def muted(h: Tensor, gate: Tensor, decision: Decision) -> Tensor:
     if rows.weighted(decision):
         return h * gate
     return torch.where(gate == 0, torch.zeros_like(h), h)
+
+
+def unread() -> bool:
+    """Whether nobody reads what a part would note. With gradients on it's worked out all the same: a checkpoint that runs its
+    layers again, unrecorded, has to save as many tensors as before."""
+    return tape.tape() is None and not torch.is_grad_enabled()
 
 
 def wanted(decision: Decision) -> Tensor:
