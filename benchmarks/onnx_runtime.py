@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def session(model: nn.Module, x: Tensor, folder: str) -> Any:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def measure(kind: str, rows: int, shares: list[float], rounds: int, seed: int) -> list[dict[str, Any]]:
+def measure(kind: str, rows: int, shares: Sequence[float], rounds: int, seed: int) -> list[dict[str, Any]]:
     x = torch.randn(max(rows, 4), 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
     model, host = KINDS[kind](x, seed)
     x = x[:rows]
