@@ -16,7 +16,7 @@ from pliant import bind, create_model, record, rules, sites
 from pliant.core.site import Outcome
 from pliant.cost import interleaved
 from pliant.data import load
-from pliant.losses import CrossEntropy, FlopsBudget, Scheduled, Total
+from pliant.losses import CrossEntropy, FlopsBudget, Total, falling
 from pliant.reproduce import Claim, Lab, Table
 from pliant.train import Fit, fit
 
@@ -82,18 +82,13 @@ def train_(lab: Lab, what: str, model: nn.Module, train: SimpleNamespace, loss: 
     model.eval()
 
 
-def late(progress: float) -> float:
-    """Off until 40 % of training, then on within 2 %."""
-    return min(1.0, max(0.0, (progress - 0.4) / 0.02))
-
-
 def run(lab: Lab) -> list[Claim | Table]:
     train, test = made(lab, "train", ROWS, 0), made(lab, "test", 600, 1)
     plain_loss = Total({"task": (1.0, CrossEntropy())})
     found: dict[str, dict[str, Any]] = {}
     for target in TARGETS:
         loss = Total(
-            {"task": (1.0, CrossEntropy()), "cost": (WEIGHT, Scheduled(FlopsBudget(target, executed=True), late))}
+            {"task": (1.0, CrossEntropy()), "cost": (WEIGHT, FlopsBudget(falling(target, over=0.8), executed=True))}
         )
         model = seeded(0, lambda: create_model("dynamic_routing_seg", **CONFIG))
         train_(lab, f"target {target}", model, train, loss)
@@ -132,7 +127,8 @@ def run(lab: Lab) -> list[Claim | Table]:
             max(apart) <= 0.15,
             apart,
             "shares of the dense network, its stem, decoder and gates included; the miss is of the executed cost, since with the paper's "
-            "expected one gates sank without closing: 0.82, 0.88 and 0.98 ran; with this one in half the epochs, 0.60, 0.66 and 0.78",
+            "expected one gates sank without closing: 0.82, 0.88 and 0.98 ran; with this one in half the epochs, 0.60, 0.66 and 0.78; "
+            "with a target that began at 40 % of training, 0.27, 0.30 and 0.39",
         ),
         Claim(
             "real time falls with the target, 32 images",

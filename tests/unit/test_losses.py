@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pliant
-from pliant.losses import CrossEntropy, FlopsBudget, MultiExit, TargetRate, Total, ramped
+from pliant.losses import CrossEntropy, FlopsBudget, MultiExit, TargetRate, Total, falling, ramped
 
 
 def recorded(weights=None):
@@ -73,6 +73,14 @@ def test_flops_budget_is_zero_at_the_budget_and_differentiable():
     assert site.scorer.linear.bias.grad.abs() > 0
     with pytest.raises(pliant.PliantError, match="share"):
         FlopsBudget(0.0)
+
+
+def test_a_budget_may_be_lowered_while_training():
+    _, _, trace, _ = recorded()
+    lowered = FlopsBudget(falling(0.4, over=0.5))
+    for progress, share in ((0.25, 0.7), (0.5, 0.4), (1.0, 0.4)):
+        got = lowered(torch.zeros(1), trace, torch.zeros(1), progress)
+        torch.testing.assert_close(got, FlopsBudget(share)(torch.zeros(1), trace, torch.zeros(1), progress))
 
 
 def test_a_budget_of_executed_flops_misses_by_what_runs_and_has_the_expected_ones_gradient():
