@@ -83,8 +83,8 @@ def cascade(
         One model with their inputs and the last one's type of output; its sites are ``exits.sites.k``.
 
     Raises:
-        PliantError: where there are fewer than two, one is given twice, or they don't answer alike. At the call: where a tensor
-            hasn't rows first, or ``labels`` are given.
+        PliantError: where there are fewer than two, one is given twice, they don't answer alike, or an answer has more than
+            one score. At the call: where a tensor hasn't rows first, or ``labels`` are given.
 
     >>> import pliant
     >>> small, large = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))
@@ -111,5 +111,13 @@ def cascade(
             expected="the same for all, rows first", do="give every model the same classes",
         )  # fmt: skip
     sites = [Site(copy.deepcopy(criterion or MaxProbability()), Threshold(threshold)) for _ in models[1:]]
+    with torch.no_grad():
+        value = share(sites[0]).eval()(said[0]).value
+    if value.shape != said[0].shape[:1]:
+        raise PliantError(
+            got=f"scores of shape {tuple(value.shape)} for {said[0].shape[0]} rows, of answers {tuple(said[0].shape)}",
+            expected="one for each row", do="pass criterion= that scores whole inputs; for a language model that writes, "
+            "pliant.retrofit.causal and pliant.deploy.speculate",
+        )  # fmt: skip
     made = Cascade(models, [site.to(said[-1].device) for site in sites], type(outputs[-1]))
     return made.train(models[-1].training) if len({m.training for m in models}) == 1 else made
