@@ -77,7 +77,7 @@ def llama() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 HOSTS: dict[str, Host] = {
-    "timm resnet50": Host(timm_model("resnet50", 64), ["layer1", "layer3.2"], ["layer*.1", "layer3.[2-5]"], channels=["layer*.[01]"]),
+    "timm resnet50": Host(timm_model("resnet50", 64), ["layer1", "layer3.2"], ["layer*.1", "layer3.[2-5]"], channels=["layer[13].[01]"]),
     "timm mobilenetv3_small_100": Host(timm_model("mobilenetv3_small_100", 64), ["blocks.1", "blocks.3"], ["blocks.*.*"], channels=["blocks.*.*"]),
     "timm efficientnet_b0": Host(timm_model("efficientnet_b0", 64), ["blocks.2", "blocks.4"], ["blocks.*.[1-3]"], channels=["blocks.*.0"]),
     "timm convnext_atto": Host(

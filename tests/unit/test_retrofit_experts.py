@@ -59,8 +59,13 @@ def test_experts_of_models_that_users_have(name: str) -> None:
         assert off(pliant.masked(given)(**call), drawn) <= 2e-6
 
 
-@pytest.mark.parametrize("order", ["estf", "fets", "sfte"])
-@pytest.mark.parametrize("name", ["transformers BERT", "timm vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        ("transformers BERT", "estf"), ("transformers BERT", "fets"), ("transformers BERT", "sfte"),
+        ("timm vit_tiny_patch16_224", "tfse"),
+    ],
+)  # fmt: skip
 @torch.no_grad()
 def test_experts_compose_with_exits_gates_and_tokens_in_any_order(name: str, order: str) -> None:
     host, call = call_of(name)

@@ -116,8 +116,7 @@ class HostExperts(Executor):
         return x.movedim(1, -1) if self.maps else x
 
     def _muted(self, h: Tensor, decision: Decision) -> Tensor:
-        expert = torch.empty_like(self.order).copy_(torch.arange(len(self.order), device=h.device)[:, None])
-        expert = torch.empty_like(expert.flatten()).scatter(0, self.order.flatten(), expert.flatten())
+        expert = self.order.flatten().argsort().div(self.order.shape[1], rounding_mode="floor")  # of each neuron
         gate = decision.value.to(h.dtype).index_select(-1, expert)
         gate = gate.movedim(-1, 1) if self.maps else gate
         return muted(h, gate, decision)
