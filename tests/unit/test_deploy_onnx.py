@@ -15,7 +15,7 @@ import pliant
 from pliant import PliantError, rules
 from pliant.deploy import export_onnx
 from pliant.deploy import onnx as module
-from pliant.execute import Exits, Residual, Skip
+from pliant.execute import Exits, Experts, Residual, Skip
 from pliant.execute.heads import PooledClassifier
 from pliant.scores import MaxProbability
 
@@ -170,8 +170,8 @@ def test_inputs_outputs_and_metadata(case: Case) -> None:
     assert [f.name for f in case.path.parent.iterdir()] == ["model.onnx"]
 
 
-def profiled(path: Path, feed: dict[str, Any]) -> list[int]:
-    """Rows that every convolution of a run saw, in the order they ran."""
+def profiled(path: Path, feed: dict[str, Any], op: str = "Conv") -> list[int]:
+    """Rows that every node ``op`` of a run saw, in the order they ran."""
     options = onnxruntime.SessionOptions()
     options.enable_profiling = True
     options.profile_file_prefix = str(path.with_suffix(""))
@@ -180,7 +180,7 @@ def profiled(path: Path, feed: dict[str, Any]) -> list[int]:
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     session.run(None, feed)
     events = json.loads(Path(session.end_profiling()).read_text())
-    convs = [e for e in events if e.get("args", {}).get("op_name") == "Conv" and "output_type_shape" in e["args"]]
+    convs = [e for e in events if e.get("args", {}).get("op_name") == op and "output_type_shape" in e["args"]]
     return [next(iter(e["args"]["output_type_shape"][0].values()))[0] for e in sorted(convs, key=lambda e: e["ts"])]
 
 
@@ -311,3 +311,18 @@ def test_refusals_leave_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
         export_onnx(nn.Identity(), path, torch.ones(2, 2))
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@torch.no_grad()
+def test_an_expert_that_no_token_chose_does_not_run(tmp_path: Path) -> None:
+    site = pliant.Site(nn.Identity(), rules.TopKSoftmax(1), shape=(4,))
+    model = Experts([nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 4)) for _ in range(4)], site).eval()
+    path = export_onnx(model, tmp_path / "model.onnx", torch.randn(3, 5, 4))
+    session = onnxruntime.InferenceSession(path)
+    for chosen in ([0, 1, 2, 3], [2], [0, 3]):
+        x = torch.randn(3, 5, 4) + 50 * torch.eye(4)[torch.tensor(chosen * 15)[:15].view(3, 5)]
+        assert set(x.argmax(-1).flatten().tolist()) == set(chosen)
+        torch.testing.assert_close(torch.from_numpy(session.run(None, {"input": x.numpy()})[0]), model(x))
+        seen = profiled(path, {"input": x.numpy()}, "Gemm")
+        assert len(seen) == 2 * len(chosen)
+        assert sum(seen) == 2 * 15  # and none ran beside those that chose it

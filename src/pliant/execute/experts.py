@@ -15,6 +15,7 @@ from pliant.core.decision import Decision
 from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
 from pliant.core.site import Outcome, Site
+from pliant.execute import rows
 from pliant.functional.dispatch import combine, dispatch
 
 
@@ -112,13 +113,12 @@ class Experts(Executor):
         return tape.part(self.site, decision.visit, f"1/{e}", units=units, wanted=each, of=_tokens(x))
 
     def _exported(self, decision: Decision, gates: Tensor, x: Tensor) -> Tensor:
-        """The same without a Python branch: a dummy token at weight 0 keeps each expert's set from being empty."""
+        """The same without a Python branch."""
         flat, total = x.flatten(0, -2), torch.zeros(())
         for e, expert in enumerate(self.experts):
             index = gates[:, e].nonzero().squeeze(1)
-            torch._check(index.shape[0] <= flat.shape[0])
-            torch._check(index.shape[0] < 2**31)
-            y = expert(flat.index_select(0, torch.cat([index, index.new_zeros(1)]))).narrow(0, 0, index.shape[0])
+            kept, _ = rows.never_empty(index, flat.shape[0])
+            y = expert(flat.index_select(0, kept)).narrow(0, 0, index.shape[0])
             total = total if e else flat.new_zeros(flat.shape[0], y.shape[1])
             total = total.index_add(0, index, y * gates[:, e].index_select(0, index)[:, None])
         return total

@@ -165,11 +165,7 @@ class _Some:
         self.mask, self.exporting = mask, exporting
         self.index = mask.nonzero().squeeze(1)
         self.every = not exporting and self.index.shape[0] == mask.shape[0]
-        self.run_on = self.index
-        if exporting:  # one dummy row, never reached, keeps the set from being empty
-            torch._check(self.index.shape[0] <= mask.shape[0])
-            torch._check(self.index.shape[0] < 2**31)
-            self.run_on = torch.cat([self.index, self.index.new_zeros(1)])
+        self.run_on, self.real = rows.never_empty(self.index, mask.shape[0]) if exporting else (self.index, None)
         self.local = self.run_on
         if within is not None and not within.every:
             self.local = (within.mask.cumsum(0) - 1).clamp_min(0).index_select(0, self.run_on)
@@ -191,11 +187,8 @@ class _Some:
         if self.every:
             with tape.part(site, decision.visit, choice, wanted=wanted):
                 return network(x)
-        real = None
-        if self.exporting:
-            real = torch.cat([torch.ones_like(self.index, dtype=torch.bool), self.index.new_zeros(1, dtype=torch.bool)])
         wanted = wanted.index_select(0, self.run_on)
-        with tape.part(site, decision.visit, choice, index=self.run_on, reached=real, wanted=wanted):
+        with tape.part(site, decision.visit, choice, index=self.run_on, reached=self.real, wanted=wanted):
             return network(self.of(x))
 
 

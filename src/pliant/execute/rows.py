@@ -152,18 +152,23 @@ def _run_exported(
 
 
 def exported_rows(decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows that chose 1; those that run, one dummy where nobody did; and which of them are no dummy.
+    """The rows that chose 1; those that run, one dummy where nobody did; and which of them are no dummy."""
+    index = chosen_rows(decision)
+    return index, *never_empty(index, decision.value.shape[0])
+
+
+def never_empty(index: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Of ``total`` places those of ``index``, in an exported program the first where there are none; and which are no such dummy.
 
     Convolutions and batch norms refuse a size that may be 0, so the program is told of one that's at least 1.
     """
-    index = chosen_rows(decision)
     chosen = index.shape[0]
-    torch._check(chosen <= decision.value.shape[0])
+    torch._check(chosen <= total)
     torch._check(chosen < 2**31)
     some = torch.sym_max(chosen, 1)
     kept = torch.cat([index, index.new_zeros(1)]).narrow(0, 0, some)
     real = torch.cat([torch.ones_like(index, dtype=torch.bool), index.new_zeros(1, dtype=torch.bool)])
-    return index, kept, real.narrow(0, 0, some)
+    return kept, real.narrow(0, 0, some)
 
 
 def numbered(answer: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from pliant.core.decision import Decision
 from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
 from pliant.core.site import Outcome, Site
+from pliant.execute import rows
 
 
 class Select(Executor):
@@ -61,10 +62,8 @@ class Select(Executor):
         chosen = ~(decision.value.detach() <= 0)  # by negation, so that NaN is chosen
         index = chosen.flatten().nonzero().squeeze(1)
         count, run_on = index.shape[0], index
-        if torch.compiler.is_exporting():  # one dummy keeps the packed batch from being empty
-            torch._check(count <= chosen.numel())
-            torch._check(count < 2**31)
-            run_on = torch.cat([index, index.new_zeros(1)])
+        if torch.compiler.is_exporting():
+            run_on, _ = rows.never_empty(index, chosen.numel())
         with tape.part(self.site, decision.visit, "1", units=chosen.sum(1), wanted=_wanted(decision), of=x.shape[1]):
             part = self.network(x.flatten(0, 1).index_select(0, run_on)).narrow(0, 0, count)
         y = part.new_zeros((chosen.numel(), *part.shape[1:])).index_copy(0, index, part)
