@@ -102,6 +102,26 @@ def test_channels_compose_with_exits_and_gates_in_any_order(order: str) -> None:
     assert near(pliant.masked(given)(**call), y)
 
 
+@torch.no_grad()
+def test_no_exit_stands_between_convolutions_that_follow_one_another() -> None:
+    host, call = host_of("torchvision vgg16")
+    at = HOSTS["torchvision vgg16"].exits  # poolings
+    with pytest.raises(PliantError, match=r"at site 'features.4': got an exit that rows can't leave at"):
+        exits(channels(host, ["features"], example=call), at, example=call)
+    with pytest.raises(PliantError, match=r"at site 'features'.*attach channels before it"):
+        channels(exits(host, at, example=call), ["features"], example=call)
+
+
+@torch.no_grad()
+def test_who_looks_between_convolutions_sees_all_channels() -> None:
+    model = channels(small(), ["blocks.0"], example=X)
+    wanted, looked = model(X), list[torch.Size]()
+    model.blocks[0].norm.register_forward_hook(lambda m, a, y: looked.append(y.shape))
+    torch.testing.assert_close(model(X), wanted)
+    assert looked == [(6, 16, 5, 5)]
+    counted(model, {"x": X})
+
+
 class Hybrid(nn.Module):
     """Convolutions, then a feed-forward layer for each pixel as a token."""
 

@@ -136,6 +136,18 @@ def test_routers_learn_in_both_forms_and_copies_are_their_own() -> None:
 
 
 @torch.no_grad()
+def test_who_looks_between_the_layers_sees_all_neurons() -> None:
+    x = torch.randn(4, 5, 8)
+    host = nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), nn.Flatten()).eval()
+    model = experts(host, ["0"], experts=4, top=2, example=x)
+    wanted, looked = model(x), list[torch.Size]()
+    model[0][1].register_forward_hook(lambda m, a, y: looked.append(y.shape))
+    torch.testing.assert_close(model(x), wanted)
+    assert looked == [(4, 5, 16)]
+    counted(model, {"input": x})
+
+
+@torch.no_grad()
 def test_parts_of_weights_that_were_kept_are_cut_again_when_weights_change() -> None:
     x = torch.randn(3, 5, 8)
     model = experts(small(), ["blocks.*"], experts=4, top=2, example=x)

@@ -19,6 +19,7 @@ from pliant.functional.clusters import balanced_assignment, balanced_clusters
 from pliant.functional.dynamic_conv import Geometry, output_size
 from pliant.retrofit.host_channels import HostChannels, Role, own_tensors
 from pliant.retrofit.pairs import Ran, Watched, all_of, inside, modules_of, own, refuse_not_called, trouble, watch
+from pliant.retrofit.parts import hooked
 from pliant.retrofit.refuse import refuse_model
 from pliant.retrofit.skips import Aside, expanded
 from pliant.rules.share import Share
@@ -115,7 +116,10 @@ def channels(
                 _begin(score, convs[k : k + 2], k == 0, grouping[0] if grouping else None)
             decides = copy.deepcopy(rule or RankStraightThrough(Share(top)))
             sites.append(Site(score, decides, shape=(choices,)).to(chain.x.device))
-        made.append(HostChannels(layers, chain.roles, sites, grouping).train(model.training))
+        executor = HostChannels(layers, chain.roles, sites, grouping).train(model.training)
+        inner = set(seen.between(*_ends(chain))) - {role.path for role in chain.roles}
+        executor.between = tuple(twin.get_submodule(path) for path in sorted(inner))
+        made.append(executor)
     twin.add_module("channels", made)
     return twin
 
@@ -140,7 +144,7 @@ def _proven(seen: Watched, path: str) -> list[Chain] | PliantError:
         for chain in _chains(near[start:]):  # the longest first
             if taken & {role.path for role in chain.roles}:
                 continue
-            found = trouble(seen, path, _build(path, chain))
+            found = trouble(seen, path, _build(path, chain), _ends(chain))
             if found is None:
                 fit.append(chain)
                 taken |= {role.path for role in chain.roles}
@@ -219,7 +223,10 @@ def _no_chain(seen: Watched, path: str, said: Sequence[str]) -> PliantError:
         if not inside(ran.path, path) and (chains := _chains(seen.layers[k:]))
     ]  # fmt: skip
     near = ", ".join(map(repr, list(dict.fromkeys(name for name in others if name))[:3]))
-    linear = any(isinstance(module, nn.Linear) for module in seen.host.get_submodule(path).modules())
+    inner = list(seen.host.get_submodule(path).modules())
+    if hooked(module for module in inner if isinstance(module, nn.Conv2d)):
+        said = [*said, "something is attached to convolutions: attach channels before it"]
+    linear = any(isinstance(module, nn.Linear) for module in inner)
     other = "split linear layers: pliant.retrofit.experts" if linear else "gate whole blocks: pliant.retrofit.skips"
     return PliantError(
         got="a module without convolutions that follow one another" + (f" ({'; '.join(said[:2])})" if said else ""),

@@ -106,7 +106,10 @@ def experts(
         if scorer is None:
             _begin(score, ups[0], down, order)
         site = Site(score, copy.deepcopy(rule or RankStraightThrough(Share(part))), shape=(experts,)).to(pair.x.device)
-        made.append(HostExperts(ups, down, site, order).train(model.training))
+        executor = HostExperts(ups, down, site, order).train(model.training)
+        inner = set(seen.between(pair.ups[0], pair.down)) - set(pair.ups)
+        executor.between = tuple(twin.get_submodule(path) for path in sorted(inner))
+        made.append(executor)
     twin.add_module("experts", made)
     return twin
 
@@ -164,7 +167,7 @@ def _proven(seen: Watched, path: str, experts: int) -> list[Pair] | PliantError:
             order = torch.arange(pair.hidden, device=pair.x.device).reshape(parts, -1)
             return HostExperts(layers[:-1], layers[-1], Site(nn.Identity(), rule, shape=(parts,)), order).eval()
 
-        found = trouble(seen, path, build)
+        found = trouble(seen, path, build, (pair.ups[0], pair.down))
         if found is None:
             fit.append(pair)
         else:

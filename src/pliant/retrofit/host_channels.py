@@ -20,7 +20,7 @@ from pliant.core.site import Site
 from pliant.execute import rows
 from pliant.functional.channels import Picked, alike, conv_picked, pack, pick, unpack
 from pliant.functional.dynamic_conv import Geometry, output_size
-from pliant.retrofit.parts import all_on, calls, muted, unread, wanted
+from pliant.retrofit.parts import all_on, calls, looked_at, muted, unread, wanted
 
 
 class Role(NamedTuple):
@@ -56,6 +56,7 @@ class HostChannels(Executor):
     ) -> None:
         super().__init__()
         self.layers: tuple[Any, ...] = tuple(layer.forward for layer in layers)  # the layers' own, bound methods
+        self.between: tuple[nn.Module, ...] = ()  # other modules that run before the last layer
         self.roles = tuple(roles)
         self.sites = nn.ModuleList(sites)
         self.grouped = len(groups)
@@ -75,9 +76,10 @@ class HostChannels(Executor):
         )
 
     def gathered(self, x: Tensor) -> Chosen:
-        """Chosen channels run; while training all do, since a norm's statistics are of all rows."""
+        """Chosen channels run; all do while training, since a norm's statistics are of all rows, and where somebody looks on."""
         chosen = self.masked(x)
-        if self.training or torch.compiler.is_exporting() or all(map(all_on, chosen.decisions)):
+        whole = self.training or torch.compiler.is_exporting() or looked_at(self.between, self.layers)
+        if whole or all(map(all_on, chosen.decisions)):
             return chosen
         masks = [d.value.detach() != 0 for d in chosen.decisions]
         sets = alike(torch.cat(masks, 1))

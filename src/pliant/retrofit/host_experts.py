@@ -16,7 +16,7 @@ from pliant.core.executor import Executor
 from pliant.core.site import Site
 from pliant.execute import rows
 from pliant.functional.dispatch import Sent, dispatch
-from pliant.retrofit.parts import all_on, calls, muted, unread, wanted
+from pliant.retrofit.parts import all_on, calls, looked_at, muted, unread, wanted
 
 
 class Chosen(NamedTuple):
@@ -56,6 +56,7 @@ class HostExperts(Executor):
         self.ups = tuple(up.forward for up in ups)  # the layers' own, bound methods
         self.down = down.forward
         self.site = site
+        self.between: tuple[nn.Module, ...] = ()  # other modules that run before the last layer
         self.maps = isinstance(down, nn.Conv2d)
         self.packed = Packed()
         self.register_buffer("order", order)  # (E, H / E): the neurons of each expert
@@ -72,9 +73,9 @@ class HostExperts(Executor):
         return Chosen(x, self.site(t, shape=(*t.shape[1:-1], len(self.order))), None)
 
     def gathered(self, x: Tensor) -> Chosen:
-        """Tokens go to the experts that they chose; where all chose all, the host's own layers run."""
+        """Tokens go to the experts that they chose; where all chose all, the host's own layers run, and where somebody looks on."""
         chosen = self.masked(x)
-        if torch.compiler.is_exporting() or all_on(chosen.decision):
+        if torch.compiler.is_exporting() or looked_at(self.between, (*self.ups, self.down)) or all_on(chosen.decision):
             return chosen
         return chosen._replace(sent=dispatch(chosen.decision.value.flatten(0, -2)))
 

@@ -17,6 +17,7 @@ from pliant.core.calls import Call, rows_of
 from pliant.core.errors import PliantError
 from pliant.core.executor import Executor
 from pliant.core.site import Rule, Site
+from pliant.retrofit.parts import looked_at
 from pliant.rules.fixed import Always, Random
 
 
@@ -35,6 +36,12 @@ class Watched:
     host: nn.Module  # the copy that ran, plain
     layers: list[Ran] = field(default_factory=list)  # of the kind that was asked for, in running order
     runs: Counter[str] = field(default_factory=Counter)  # of every module
+    order: list[str] = field(default_factory=list)  # in which they began
+
+    def between(self, first: str, last: str) -> list[str]:
+        """The modules that begin after ``first`` and before ``last``."""
+        return self.order[self.order.index(first) + 1 : self.order.index(last)]
+
     calls: dict[str, Call] = field(default_factory=dict)  # what the named modules were called with
 
 
@@ -67,6 +74,7 @@ def _watch(model: nn.Module, call: Call, at: Sequence[str], kind: Kind) -> Watch
 
     def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         seen.runs[path] += 1
+        seen.order.append(path)
         if path in layers and len(args) == 1 and isinstance(args[0], Tensor):
             seen.layers.append(Ran(path, module, args[0]))
         if path in at:
@@ -107,8 +115,13 @@ Build = Callable[[nn.Module, Rule], Executor]
 """Makes an executor around layers of a module, all of whose sites have the rule."""
 
 
-def trouble(seen: Watched, path: str, build: Build) -> str | None:
-    """Why layers inside ``path`` can't run in parts; None where they can, as a call of ``path`` alone proves."""
+def trouble(seen: Watched, path: str, build: Build, ends: tuple[str, str]) -> str | None:
+    """Why layers inside ``path``, the first and the last of them called ``ends``, can't run in parts.
+
+    None where they can, as a call of ``path`` alone proves.
+    """
+    if looked_at([seen.host.get_submodule(name) for name in seen.between(*ends)]):
+        return "something is attached to what lies between"
     call = seen.calls[path]
     awake = _awake(seen.host.get_submodule(path))
 
@@ -121,7 +134,8 @@ def trouble(seen: Watched, path: str, build: Build) -> str | None:
         return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
 
     def half() -> Random:
-        return Random(0.5, torch.Generator().manual_seed(0))
+        place = next((p.device for p in seen.host.parameters()), torch.device("cpu"))
+        return Random(0.5, torch.Generator(place).manual_seed(0))
 
     with torch.no_grad():
         try:

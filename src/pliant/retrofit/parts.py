@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pliant.core import tape
 from pliant.core.decision import Decision
@@ -21,6 +22,18 @@ class _Calls(threading.local):
 
 
 calls = _Calls()
+
+
+def hooked(modules: Iterable[nn.Module]) -> bool:
+    """Whether somebody looks at what modules read or make."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+def looked_at(between: Sequence[nn.Module], layers: Iterable[Any] = ()) -> bool:
+    """Whether a hook, or what stands in for something between the layers, wants to see all that is between them."""
+    return (
+        hooked(between) or hooked(forward.__self__ for forward in layers) or any("forward" in vars(m) for m in between)
+    )
 
 
 def all_on(decision: Decision) -> bool:
