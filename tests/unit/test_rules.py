@@ -55,6 +55,8 @@ def test_random_draws_at_its_rate_from_its_own_stream() -> None:
     assert abs(float(out.value.mean()) - p) < 3 * math.sqrt(p * (1 - p) / n)
     assert out.soft is not None
     assert out.soft.unique().tolist() == pytest.approx([p])
+    elsewhere = torch.zeros(4, device="meta")  # stands in for an accelerator: the draw is made where the generator is
+    assert rules.Random(0.5, torch.Generator())(elsewhere).value.device == elsewhere.device
     assert not rules.Random(0.0)(torch.zeros(99)).value.any()
     assert rules.Random(1.0)(torch.zeros(99)).value.all()
 

@@ -74,9 +74,12 @@ class Random(Rule):
         self.generator = generator
 
     def __deepcopy__(self, memo: dict[int, object]) -> Random:
-        return Random(
-            self.p, self.generator
-        )  # generators can't be copied, and one stream is what makes draws repeatable
+        return Random(self.p, self.generator)  # generators can't be copied; one stream is what makes draws repeatable
+
+    def _draw(self, scores: Tensor) -> Tensor:
+        """Uniform numbers, drawn where the generator lives: one seed draws the same on every device."""
+        device = scores.device if self.generator is None else self.generator.device
+        return torch.rand(scores.shape, generator=self.generator, device=device).to(scores.device)
 
     def equal(self) -> Rule:
         """The same share of every row, drawn without replacement."""
@@ -84,8 +87,7 @@ class Random(Rule):
 
     def forward(self, scores: Tensor) -> Outcome:
         """Draws."""
-        draw = torch.rand(scores.shape, generator=self.generator, device=scores.device)
-        value = (draw < self.p).to(scores.dtype)
+        value = (self._draw(scores) < self.p).to(scores.dtype)
         return Outcome(value, soft=torch.full_like(scores, self.p))
 
 
@@ -102,7 +104,7 @@ class _RandomShare(Random):
 
     def forward(self, scores: Tensor) -> Outcome:
         """Draws."""
-        order = torch.rand(scores.shape, generator=self.generator, device=scores.device).argsort(-1)
+        order = self._draw(scores).argsort(-1)
         best = order[..., : self.count(scores.shape[-1])]
         return Outcome(torch.zeros_like(scores).scatter(-1, best, 1.0), soft=torch.full_like(scores, self.p))
 
