@@ -79,14 +79,14 @@ def measure(name: str, rows: int, rounds: int, seed: int) -> dict[str, Any]:
     exits = len(pliant.sites(model)) + 1
     dynamic = leaving(model, x, counts_of([1.0] * exits, rows))
     dense = pliant.bind(model, {"*": pliant.rules.Always()})
-    fast = {k: pliant.compile(m, options={"freezing": True}) for k, m in (("dense", dense), ("dynamic", dynamic))}
+    fast = {k: pliant.compile(m) for k, m in (("dense", dense), ("dynamic", dynamic))}
     calls: dict[Any, Call] = {}
     for path, eager in (("dense", dense), ("dynamic", dynamic)):
         assert_same(prediction_of(fast[path](x)), prediction_of(eager(x)), f"{name}, {path}", tolerance=1e-3)
         calls[path, "eager"] = lambda m=eager: m(x)
         calls[path, "compiled"] = lambda m=fast[path]: m(x)
     alone(dynamic, lambda: fast["dynamic"](batch(1)))
-    for some in (x, x.flip(0), batch(rows - 3), batch(rows + 5)):
+    for some in (x, x.flip(0), batch(rows - 3), batch(rows + 5), batch(rows // 3)):
         fast["dynamic"](some)
     before = counters["stats"]["unique_graphs"]
     for some in (batch(rows), batch(rows), batch(rows // 2), batch(rows + 9)):

@@ -99,13 +99,15 @@ def compile(model: nn.Module, **options: Any) -> Any:
     them. So each largest part without a decision (stages, heads, branches, experts) is compiled by itself with a dynamic
     number of rows: when the mix changes, nothing is compiled again. A part may have up to three programs: for one row, which
     is a constant to PyTorch, for several, and for all that came, where an executor then hands on more than the others
-    need. Parts are compiled when they first run. Tune, bind and replay before compiling: what ``bind`` returns is compiled
-    afresh; thresholds may be changed at any time. On a processor, convolutions gain little unless their weights are frozen:
-    ``options={"freezing": True}``.
+    need; on one thread, where PyTorch has another kernel for convolutions of fewer than 16 rows, one more. Parts are compiled
+    when they first run. Tune, bind and replay before compiling: what ``bind`` returns is compiled afresh; thresholds may be
+    changed at any time. On a processor most time goes to kernels that eager mode calls as well, so little is gained there
+    (``benchmarks/compile.py``); :func:`export_onnx` and :func:`optimised` gain more.
 
     Args:
         model: any model with sites, or without; in evaluation or training.
-        options: as for ``torch.compile``: ``backend``, ``mode``, ``fullgraph`` ...
+        options: as for ``torch.compile``: ``backend``, ``mode``, ``fullgraph`` ... With none of backend, mode and options, a
+            model on a processor keeps its convolutions' layout, since the compiler's choice halves their speed on small maps.
 
     Returns:
         A model of the same type that shares every parameter and buffer.
@@ -130,6 +132,9 @@ def compile(model: nn.Module, **options: Any) -> Any:
             got="a model without a static part", expected="modules with parameters between the decisions",
             do="compile models that compute something",
         )  # fmt: skip
+    chosen = {"backend", "mode", "options"} & options.keys()
+    if not chosen and all(p.device.type == "cpu" for p in twin.parameters()):
+        options = {**options, "options": {"layout_optimization": False}}
     for _, part in found:
         if isinstance(part, HostSkip):
             part.host = _Compiled(part.host, options)
