@@ -83,23 +83,23 @@ def test_a_budget_may_be_lowered_while_training():
         torch.testing.assert_close(got, FlopsBudget(share)(torch.zeros(1), trace, torch.zeros(1), progress))
 
 
-def test_a_budget_of_executed_flops_misses_by_what_runs_and_has_the_expected_ones_gradient():
-    """A small soft gate costs little in expectation and all of its block in truth."""
-    model, site = gated(pliant.rules.ReluTanh())
+def test_a_budget_of_counted_gates_is_that_of_what_runs_and_pulls_at_the_weights():
+    """A small soft gate costs little in expectation and all of its block in truth; the masked form runs everything."""
+    model, site = gated(pliant.estimators.Counted(pliant.rules.ReluTanh()))
     with torch.no_grad():
-        site.scorer.linear.weight.zero_()
-        site.scorer.linear.bias.fill_(0.1)
-    y, trace = pliant.record(model.train())(torch.randn(8, 4))
-    everything = (trace.flops.float().mean() / trace.dense_flops[0]).item()
-    assert everything == 1.0
-    executed = FlopsBudget(0.6, executed=True)(y, trace, torch.zeros(8), 0.0)
-    assert executed.item() == pytest.approx((everything - 0.6) ** 2)
-    slope = torch.autograd.grad(
-        pliant.cost.expected_flops(trace).mean() / trace.dense_flops[0], site.scorer.linear.bias, retain_graph=True
-    )[0]
-    torch.testing.assert_close(
-        torch.autograd.grad(executed, site.scorer.linear.bias)[0], 2 * (everything - 0.6) * slope.float()
-    )
+        site.scorer.linear.bias.zero_()
+    x = torch.randn(64, 4)
+    y, trace = pliant.record(model.train())(x)
+    open_ = trace[next(iter(trace))][0].value > 0
+    assert 0 < open_.sum() < 64
+    runs = pliant.record(pliant.gathered(model))(x)[1].flops
+    expected = pliant.cost.expected_flops(trace)
+    torch.testing.assert_close(expected.detach(), runs.double())
+    assert bool((trace.flops == trace.dense_flops).all())
+    share = (runs.double() / trace.dense_flops).mean().item()
+    assert FlopsBudget(share)(y, trace, torch.zeros(64), 0.0).item() == pytest.approx(0, abs=1e-9)
+    FlopsBudget(0.1)(y, trace, torch.zeros(64), 0.0).backward()
+    assert site.scorer.linear.bias.grad.abs() > 0
 
 
 def test_total_names_every_term_once():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pliant.estimators.base import Estimator
+from pliant.estimators.counted import Counted
 from pliant.estimators.gaussian import Gaussian
 from pliant.estimators.gumbel import (
     BinaryConcrete,
@@ -25,6 +26,7 @@ __all__ = [
     "Categorical",
     "Clipped",
     "Copy",
+    "Counted",
     "Decay",
     "EpsilonGreedy",
     "EpsilonGreedyOneHot",

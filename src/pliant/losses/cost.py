@@ -20,8 +20,6 @@ class FlopsBudget:
         share: :math:`\theta`, the wanted share of the dense FLOPs, in (0, 1], or a function of progress, e.g.
             ``falling(0.5, over=0.8)``: gates that a sudden target shuts may have no gradient to open again.
         miss: what a miss costs: ``squared``, or ``above`` for spending too much only.
-        executed: whether the miss is that of the executed FLOPs, with the expected ones' gradient. A soft gate of 0.1 costs as
-            much to run as one of 0.9, and in expectation a ninth: gates near zero meet an expected budget and save nothing.
 
     Raises:
         PliantError: where ``share`` is outside (0, 1].
@@ -36,16 +34,13 @@ class FlopsBudget:
         Survey section 5.2.1 (2); Verelst and Tuytelaars, Dynamic Convolutions, CVPR 2020.
     """
 
-    def __init__(self, share: Target, *, miss: Miss = squared, executed: bool = False) -> None:
+    def __init__(self, share: Target, *, miss: Miss = squared) -> None:
         self.share: Target = share if callable(share) else _share(share)
-        self.miss, self.executed = miss, executed
+        self.miss = miss
 
     def __call__(self, y: Tensor, trace: Trace, target: Tensor, progress: float) -> Tensor:
         """The squared miss, no unit."""
-        spent = expected_flops(trace)
-        if self.executed:
-            spent = spent + (trace.flops.to(spent) - spent).detach()
-        spent = spent / trace.dense_flops.to(y.device).clamp_min(1)
+        spent = expected_flops(trace) / trace.dense_flops.to(y.device).clamp_min(1)
         share = self.share(progress) if callable(self.share) else self.share
         return self.miss(joint_means({"share": spent}).get("share", y.sum() * 0 + share) - share).float()
 
