@@ -24,6 +24,7 @@ from torch._dynamo.utils import counters
 
 import pliant
 from pliant.core.calls import prediction_of
+from pliant.deploy.fold import optimised
 
 
 def msdnet(seed: int) -> tuple[nn.Module, Callable[[int], Tensor]]:
@@ -58,10 +59,11 @@ def bert(seed: int) -> tuple[nn.Module, Callable[[int], Tensor]]:
 
 
 MODELS = {"MSDNet": msdnet, "ResNet-18, 3 exits": resnet, "BERT, 5 exits": bert}
+WAYS = ("dense, compiled", "dynamic, compiled", "dense, folded", "dynamic, folded")
 
 
-def alone(model: nn.Module, call: Callable[[], object]) -> None:
-    """Call with one row that goes to the end: one row is a constant to PyTorch, with a program of its own in every part."""
+def to_the_end(model: nn.Module, call: Callable[[], object]) -> None:
+    """Call with nobody leaving: every part sees as many rows, for which PyTorch may want a program of its own (1, or fewer than 16)."""
     thresholds = [site.rule.threshold for site in pliant.sites(model).values()]  # pyright: ignore[reportAttributeAccessIssue]
     before = [t.clone() for t in thresholds]
     for t in thresholds:
@@ -81,11 +83,15 @@ def measure(name: str, rows: int, rounds: int, seed: int) -> dict[str, Any]:
     dense = pliant.bind(model, {"*": pliant.rules.Always()})
     fast = {k: pliant.compile(m) for k, m in (("dense", dense), ("dynamic", dynamic))}
     calls: dict[Any, Call] = {}
+    folded = {k: pliant.compile(optimised(m, x)) for k, m in (("dense", dense), ("dynamic", dynamic))}
     for path, eager in (("dense", dense), ("dynamic", dynamic)):
         assert_same(prediction_of(fast[path](x)), prediction_of(eager(x)), f"{name}, {path}", tolerance=1e-3)
         calls[path, "eager"] = lambda m=eager: m(x)
         calls[path, "compiled"] = lambda m=fast[path]: m(x)
-    alone(dynamic, lambda: fast["dynamic"](batch(1)))
+        assert_same(prediction_of(folded[path](x)), prediction_of(eager(x)), f"{name}, {path}, folded", tolerance=1e-3)
+        calls[path, "folded"] = lambda m=folded[path]: m(x)
+    for count in (1, 8, rows):
+        to_the_end(dynamic, lambda count=count: fast["dynamic"](batch(count)))
     for some in (x, x.flip(0), batch(rows - 3), batch(rows + 5), batch(rows // 3)):
         fast["dynamic"](some)
     before = counters["stats"]["unique_graphs"]
@@ -96,10 +102,11 @@ def measure(name: str, rows: int, rounds: int, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {"model": name, "rows": rows, "programs": before, "compiled again": again}
     for clock, measured in seconds.items():
         found[clock] = {
-            path: statistics.median(
-                a / b for a, b in zip(measured[path, "eager"], measured[path, "compiled"], strict=True)
+            f"{path}, {how}": statistics.median(
+                a / b for a, b in zip(measured[path, "eager"], measured[path, how], strict=True)
             )
             for path in ("dense", "dynamic")
+            for how in ("compiled", "folded")
         }
     return found
 
@@ -116,7 +123,7 @@ def main() -> None:
     torch.set_num_threads(1)
     memory = allocator("keep")
     table = Table(title=f"eager seconds over compiled seconds, {options.rows} rows")
-    for column in ("model", "dense", "dynamic", "programs", "compiled again for other mixes"):
+    for column in ("model", *WAYS, "programs", "compiled again for other mixes"):
         table.add_column(column)
     found = []
     with torch.inference_mode():
@@ -125,8 +132,7 @@ def main() -> None:
             clock = one[options.clock]
             table.add_row(
                 name,
-                f"{clock['dense']:.2f}",
-                f"{clock['dynamic']:.2f}",
+                *(f"{clock[way]:.2f}" for way in WAYS),
                 str(one["programs"]),
                 str(one["compiled again"]),
             )
