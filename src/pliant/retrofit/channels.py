@@ -117,8 +117,7 @@ def channels(
             decides = copy.deepcopy(rule or RankStraightThrough(Share(top)))
             sites.append(Site(score, decides, shape=(choices,)).to(chain.x.device))
         executor = HostChannels(layers, chain.roles, sites, grouping).train(model.training)
-        inner = set(seen.between(*_ends(chain))) - {role.path for role in chain.roles}
-        executor.between = tuple(twin.get_submodule(path) for path in sorted(inner))
+        executor.between = seen.between(twin, *_ends(chain), [role.path for role in chain.roles])
         made.append(executor)
     twin.add_module("channels", made)
     return twin

@@ -107,8 +107,7 @@ def experts(
             _begin(score, ups[0], down, order)
         site = Site(score, copy.deepcopy(rule or RankStraightThrough(Share(part))), shape=(experts,)).to(pair.x.device)
         executor = HostExperts(ups, down, site, order).train(model.training)
-        inner = set(seen.between(pair.ups[0], pair.down)) - set(pair.ups)
-        executor.between = tuple(twin.get_submodule(path) for path in sorted(inner))
+        executor.between = seen.between(twin, pair.ups[0], pair.down, pair.ups)
         made.append(executor)
     twin.add_module("experts", made)
     return twin

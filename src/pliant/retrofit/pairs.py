@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -38,11 +38,12 @@ class Watched:
     runs: Counter[str] = field(default_factory=Counter)  # of every module
     order: list[str] = field(default_factory=list)  # in which they began
 
-    def between(self, first: str, last: str) -> list[str]:
-        """The modules that begin after ``first`` and before ``last``."""
-        return self.order[self.order.index(first) + 1 : self.order.index(last)]
-
     calls: dict[str, Call] = field(default_factory=dict)  # what the named modules were called with
+
+    def between(self, model: nn.Module, first: str, last: str, known: Iterable[str] = ()) -> tuple[nn.Module, ...]:
+        """The modules of ``model`` that begin after ``first`` and before ``last``, all but the ``known``."""
+        inner = set(self.order[self.order.index(first) + 1 : self.order.index(last)]) - set(known)
+        return tuple(model.get_submodule(path) for path in sorted(inner))
 
 
 Kind = Callable[[nn.Module], bool]
@@ -120,7 +121,7 @@ def trouble(seen: Watched, path: str, build: Build, ends: tuple[str, str]) -> st
 
     None where they can, as a call of ``path`` alone proves.
     """
-    if looked_at([seen.host.get_submodule(name) for name in seen.between(*ends)]):
+    if looked_at(seen.between(seen.host, *ends)):
         return "something is attached to what lies between"
     call = seen.calls[path]
     awake = _awake(seen.host.get_submodule(path))
